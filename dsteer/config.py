@@ -1,0 +1,516 @@
+"""Pydantic models of a pipeline.
+
+A pipeline is one YAML file. Each top-level section configures the stage of that name; a section that
+is absent leaves its stage out of the plan. Unknown keys are refused, and all mistakes are reported
+at once with their dotted path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from dsteer.errors import ConfigError, did_you_mean
+
+SplitName = Literal["train", "fit", "tune", "test"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+Position = Literal["prompt_last", "prompt_mean", "response_last", "response_mean", "all"]
+DType = Literal["float32", "bfloat16", "float16"]
+Freeze = Literal["none", "input", "output", "both"]
+
+
+class Section(BaseModel):
+    """A part of a pipeline: immutable, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# ---------------------------------------------------------------------------------- data
+
+
+class _Source(Section):
+    path: str = Field(description="Hub id, local file or local folder.")
+    revision: str | None = Field(None, description="Hub revision (commit, tag or branch).")
+    limit: PositiveInt | None = Field(None, description="Use only the first rows.")
+    use: tuple[SplitName, ...] = Field(SPLITS, description="The splits that this source may feed.")
+
+    @field_validator("use")
+    @classmethod
+    def _some_split(cls, value: tuple[SplitName, ...]) -> tuple[SplitName, ...]:
+        if not value:
+            raise ValueError("name at least one of train, fit, tune, test")
+        return value
+
+
+class HHSource(_Source):
+    """Anthropic hh-rlhf: rows with two transcripts, ``chosen`` and ``rejected``."""
+
+    format: Literal["hh-rlhf"]
+    path: str = "Anthropic/hh-rlhf"
+    subset: str | None = Field("harmless-base", description="Folder of the hub dataset.")
+    split: Literal["train", "test"] = "train"
+
+
+class OasstSource(_Source):
+    """Open-Assistant conversation trees; sibling answers are paired by their rank (0 is best)."""
+
+    format: Literal["oasst"]
+    path: str = "OpenAssistant/oasst1"
+    split: Literal["train", "validation"] = "train"
+    lang: str | None = Field("en", description="Keep only messages in this language.")
+    pairing: Literal["best_worst", "adjacent", "all"] = Field(
+        "best_worst", description="Which ranked siblings make pairs."
+    )
+
+
+class PreferenceSource(_Source):
+    """TRL's form: ``prompt``, ``chosen``, ``rejected`` (text or messages); JSONL, Parquet or hub."""
+
+    format: Literal["preference"]
+    subset: str | None = None
+    split: str = "train"
+
+
+class PromptSource(_Source):
+    """A plain list of prompts (.txt: one a line; .jsonl or .csv: a ``prompt`` column)."""
+
+    format: Literal["prompts"]
+    use: tuple[SplitName, ...] = ("fit", "tune", "test")
+
+    @field_validator("use")
+    @classmethod
+    def _no_training(cls, value: tuple[SplitName, ...]) -> tuple[SplitName, ...]:
+        if "train" in value:
+            raise ValueError("prompts have no answers to train on: leave 'train' out of 'use'")
+        return value
+
+
+class SyntheticSource(Section):
+    """The synthetic preference world: benign dialogues with planted preference axes."""
+
+    format: Literal["synthetic"]
+    conversations: PositiveInt = Field(4000, description="How many pairs to write.")
+    axes: dict[str, float] = Field(
+        default_factory=lambda: {"polite": 1.0},
+        description="Preference weight of each axis; a negative weight prefers its other pole.",
+    )
+    topics: Literal["all", "seen", "held_out"] = Field(
+        "all", description="Which topics the prompts are about."
+    )
+    label_noise: float = Field(0.0, ge=0, le=0.5, description="Share of flipped labels.")
+    seed: int = 0
+    use: tuple[SplitName, ...] = SPLITS
+
+
+Source = Annotated[
+    HHSource | OasstSource | PreferenceSource | PromptSource | SyntheticSource,
+    Field(discriminator="format"),
+]
+
+
+class SplitSizes(Section):
+    """Pairs a split. Splits are disjoint by conversation."""
+
+    train: PositiveInt | None = Field(None, description="Default: all that the others leave.")
+    fit: PositiveInt = Field(512, description="v* is fitted on these.")
+    tune: PositiveInt = Field(128, description="Choices (site, strength) are made on these.")
+    test: PositiveInt = Field(256, description="Numbers are reported on these.")
+
+
+class DataConfig(Section):
+    """Where preference pairs come from and how they are split."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    splits: SplitSizes = SplitSizes()
+
+
+# ---------------------------------------------------------------------------------- models
+
+
+class ModelsConfig(Section):
+    """Which models, and in which precision they are read."""
+
+    base: str | None = Field(None, description="Hub id or folder; absent if `base` trains one.")
+    tuned: str | None = Field(None, description="Hub id, folder or adapter; absent if `dpo` trains it.")
+    base_revision: str | None = None
+    tuned_revision: str | None = None
+    tokenizer: str | None = Field(None, description="Hub id or folder; default: the base model's.")
+    dtype: DType = "float32"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    trust_remote_code: bool = False
+
+
+class TinyModelConfig(Section):
+    """Shape of a Llama built from nothing, and of its byte-level BPE tokenizer."""
+
+    vocab_size: int = Field(2048, ge=300)
+    hidden_size: PositiveInt = 128
+    intermediate_size: PositiveInt = 344
+    num_hidden_layers: PositiveInt = 4
+    num_attention_heads: PositiveInt = 4
+    num_key_value_heads: PositiveInt = 2
+    max_position_embeddings: PositiveInt = 1024
+    tie_word_embeddings: bool = False
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+
+class BaseConfig(Section):
+    """Trains a tiny base model as a language model on the training split, on the spot."""
+
+    model: TinyModelConfig = TinyModelConfig()
+    steps: PositiveInt = 600
+    batch_size: PositiveInt = 32
+    context_length: PositiveInt = 128
+    learning_rate: PositiveFloat = 3e-3
+    warmup_steps: int = Field(50, ge=0)
+    weight_decay: NonNegativeFloat = 0.01
+    log_every: PositiveInt = 20
+    checkpoint_every: PositiveInt = 200
+
+
+class LoraConfig(Section):
+    """Low-rank adapters. The rank bounds the rank of each weight's change by construction."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class DpoConfig(Section):
+    """DPO through TRL, on the training split."""
+
+    beta: PositiveFloat = 0.1
+    loss_type: str = Field("sigmoid", description="Any loss that TRL's DPOTrainer knows.")
+    freeze: Freeze = Field("both", description="Embeddings that may not change.")
+    lora: LoraConfig | None = None
+    reference: Literal["precomputed", "live"] = "precomputed"
+    epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = Field(None, description="Overrides epochs.")
+    batch_size: PositiveInt = 16
+    gradient_accumulation: PositiveInt = 1
+    learning_rate: PositiveFloat = 5e-7
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    max_length: PositiveInt = 512
+    log_every: PositiveInt = 10
+    eval_every: PositiveInt = 100
+    eval_pairs: PositiveInt = Field(128, description="Pairs of the tune split for the curve.")
+    checkpoint_every: PositiveInt = 100
+    gradient_checkpointing: bool = False
+
+
+# ---------------------------------------------------------------------------------- measuring
+
+
+class ActivationsConfig(Section):
+    """Paired hidden states of base and tuned on identical token ids."""
+
+    sites: Literal["all"] | tuple[str, ...] = Field(
+        "all", description="all, or names such as resid_post.3 and final_norm."
+    )
+    position: Position = "prompt_last"
+    template: Literal["none", "chat"] = Field(
+        "none", description="none: the transcript as it stands; chat: the tokenizer's template."
+    )
+    batch_tokens: PositiveInt | None = Field(None, description="Tokens a batch; default: by device.")
+    max_tokens: PositiveInt = Field(1024, description="Longer prompts are cut on the left, counted.")
+    noise_floor_prompts: PositiveInt = Field(
+        32, description="Prompts that the base reads again, one at a time, to measure rounding."
+    )
+    response_tokens: int = Field(
+        32, ge=0, description="Response tokens a test prompt for teacher-forced KL; 0: none."
+    )
+
+
+class VectorConfig(Section):
+    """v* a site, its size, direction and convergence, and KL recovered at `final_norm`."""
+
+    strengths: tuple[float, ...] = Field(
+        tuple(round(-1 + 0.25 * i, 2) for i in range(17)), description="The λ of the KL curve."
+    )
+    convergence_draws: PositiveInt = Field(20, description="Random split halves a size.")
+    bootstrap: PositiveInt = 1000
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+    @field_validator("strengths")
+    @classmethod
+    def _sorted(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(value) < 3 or any(a >= b for a, b in zip(value, value[1:], strict=False)):
+            raise ValueError("needs at least 3 strengths, in rising order")
+        return value
+
+
+class CosineConfig(Section):
+    """Cosines of displacements with v*: in-sample, leave-one-out, held-out, and the null."""
+
+    bootstrap: PositiveInt = 1000
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    null_draws: PositiveInt = Field(200, description="Sign-flipped refits that make the null.")
+
+
+class SpectrumConfig(Section):
+    """Singular spectra of ΔH, H_base and H_tuned."""
+
+    top: PositiveInt = Field(5, description="Singular values that figure 4b shows.")
+    power: Literal[1, 2] = Field(2, description="p of the spectral entropy's weights σ^p.")
+    bootstrap: PositiveInt = 200
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+
+class ReportConfig(Section):
+    """The figures and the one-file report."""
+
+    title: str | None = None
+
+
+class PipelineConfig(Section):
+    """A whole pipeline."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    seed: int = 0
+    data: DataConfig
+    models: ModelsConfig = ModelsConfig()
+    base: BaseConfig | None = None
+    dpo: DpoConfig | None = None
+    activations: ActivationsConfig | None = None
+    vector: VectorConfig | None = None
+    cosine: CosineConfig | None = None
+    spectrum: SpectrumConfig | None = None
+    report: ReportConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each_model(self) -> Self:
+        if self.base is not None and self.models.base is not None:
+            raise ValueError("models.base and base are both given: name a model or train one")
+        if self.dpo is not None and self.models.tuned is not None:
+            raise ValueError("models.tuned and dpo are both given: name a model or train one")
+        has_base = self.base is not None or self.models.base is not None
+        has_tuned = self.dpo is not None or self.models.tuned is not None
+        if self.dpo is not None and not has_base:
+            raise ValueError("dpo needs a base: give models.base or a base section")
+        if self.activations is not None and not (has_base and has_tuned):
+            raise ValueError(
+                "activations need a pair: give models.base or base, and models.tuned or dpo"
+            )
+        return self
+
+    def seed_for(self, *names: str) -> int:
+        """A seed for one purpose, independent of the seeds of all other purposes."""
+        digest = hashlib.sha256("/".join((str(self.seed), *names)).encode()).digest()
+        return int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
+
+
+# ---------------------------------------------------------------------------------- reading
+
+
+def read_pipeline(text: str, overrides: Sequence[str] = (), *, origin: str = "pipeline") -> PipelineConfig:
+    """Parse a pipeline's YAML with dotted overrides.
+
+    Args:
+        text: the YAML.
+        overrides: ``key.path=value`` items; the value is read as YAML, ``key=null`` removes it.
+        origin: the name that error messages give to the YAML.
+
+    Raises:
+        ConfigError: with every mistake at once, each with its dotted path.
+    """
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        at = f" line {where.line + 1}" if where is not None else ""
+        raise ConfigError(
+            f"{origin}{at}: not YAML ({getattr(error, 'problem', None) or error})"
+        ) from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{origin}: expected a mapping of sections, got {type(raw).__name__}")
+    for item in overrides:
+        _override(raw, item)
+    # A section written without content (`vector:`) asks for the stage with its defaults.
+    for name in STAGE_SECTIONS & raw.keys():
+        if raw[name] is None and not _was_removed(name, overrides):
+            raw[name] = {}
+    try:
+        return PipelineConfig.model_validate(raw)
+    except ValidationError as error:
+        mistakes = [_describe(dict(mistake)) for mistake in error.errors()]
+        head = f"{origin}: " if len(mistakes) == 1 else f"{origin}: {len(mistakes)} mistakes\n  "
+        raise ConfigError(head + "\n  ".join(mistakes)) from None
+
+
+STAGE_SECTIONS = frozenset({"base", "dpo", "activations", "vector", "cosine", "spectrum", "report"})
+
+
+def _was_removed(name: str, overrides: Sequence[str]) -> bool:
+    return any(item.partition("=")[0] == name for item in overrides)
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    path, sign, value = item.partition("=")
+    if not sign or not path:
+        raise ConfigError(f"override {item!r}: expected key.path=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {item!r}: the value is not YAML") from None
+    node: Any = raw
+    keys = path.split(".")
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ConfigError(
+                    f"override {item!r}: {'.'.join(keys[:depth])} is a list of {len(node)}, "
+                    f"and {key!r} is not an index of it"
+                )
+            if last:
+                node[int(key)] = parsed
+            else:
+                node = node[int(key)]
+        elif isinstance(node, dict):
+            if last:
+                node[key] = parsed
+            else:
+                if node.get(key) is None:
+                    node[key] = {}
+                node = node[key]
+        else:
+            raise ConfigError(
+                f"override {item!r}: {'.'.join(keys[:depth])} is {node!r}, which has no keys"
+            )
+
+
+def _describe(mistake: dict[str, Any]) -> str:
+    location = [part for part in mistake["loc"] if not _is_tag(part)]
+    path = ".".join(str(part) for part in location) or "pipeline"
+    kind, message = str(mistake["type"]), str(mistake["msg"])
+    message = message.removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"{path}: unknown key{did_you_mean(str(location[-1]), _known_keys(mistake['loc']))}"
+    if kind == "missing":
+        return f"{path}: required, but not given"
+    message = message[0].lower() + message[1:] if message else message
+    given = mistake.get("input")
+    shown = "" if isinstance(given, dict | list | BaseModel) else f" (got {given!r})"
+    return f"{path}: {message}{shown}"
+
+
+_TAGS = {"hh-rlhf": HHSource, "oasst": OasstSource, "preference": PreferenceSource,
+         "prompts": PromptSource, "synthetic": SyntheticSource}  # fmt: skip
+
+
+def _is_tag(part: object) -> bool:
+    return part in _TAGS or (isinstance(part, str) and ("[" in part or part == "all-linear"))
+
+
+def _known_keys(location: Sequence[object]) -> list[str]:
+    """The keys of the section that holds the last part of a pydantic error location."""
+    model: type[BaseModel] | None = PipelineConfig
+    for part in location[:-1]:
+        if part in _TAGS:
+            model = _TAGS[cast(str, part)]
+        elif isinstance(part, str) and model is not None and part in model.model_fields:
+            model = _section_in(model.model_fields[part].annotation) or model
+    return list(model.model_fields) if model is not None else []
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        found = _section_in(inner)
+        if found is not None:
+            return found
+    return None
+
+
+# ---------------------------------------------------------------------------------- shipped
+
+
+def shipped_folder() -> Path:
+    """The folder of shipped pipelines: inside the wheel, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "pipelines"
+    return inside if inside.is_dir() else package.parent / "pipelines"
+
+
+def shipped_pipelines() -> dict[str, Path]:
+    """Name → file of each shipped pipeline, sorted by name."""
+    return {path.stem: path for path in sorted(shipped_folder().glob("*.yaml"))}
+
+
+def find_pipeline(pipeline: str) -> Path:
+    """Turn a path or a shipped name into the pipeline's file.
+
+    Raises:
+        ConfigError: there is neither such a file nor such a shipped pipeline.
+    """
+    path = Path(pipeline)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        if not path.is_file():
+            raise ConfigError(f"{pipeline}: no such file; `dsteer pipelines` lists the shipped ones")
+        return path
+    shipped = shipped_pipelines()
+    if pipeline not in shipped:
+        raise ConfigError(
+            f"{pipeline!r} is neither a file nor a shipped pipeline{did_you_mean(pipeline, shipped)}"
+        )
+    return shipped[pipeline]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a pipeline, for editors."""
+    schema = PipelineConfig.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "dsteer pipeline"
+    return schema
+
+
+def resolved(config: BaseModel) -> dict[str, Any]:
+    """A config with every default filled in, as plain JSON values."""
+    return cast(dict[str, Any], json.loads(config.model_dump_json()))
+
+
+def select(config: PipelineConfig, keys: Sequence[str]) -> Mapping[str, Any]:
+    """The resolved values at some dotted keys of a pipeline (part of a stage's fingerprint)."""
+    values = resolved(config)
+    chosen: dict[str, Any] = {}
+    for key in keys:
+        node: Any = values
+        for part in key.split("."):
+            node = node[part] if node is not None else None
+        chosen[key] = node
+    return chosen

@@ -1,0 +1,1 @@
+"""Preference pairs: reading them, writing synthetic ones, splitting them."""

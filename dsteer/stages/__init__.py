@@ -1,0 +1,141 @@
+"""THE table of stages, in order, and what a stage is given.
+
+A stage is one thin file with ``run(context) -> result``: it loads its inputs, calls the layers below
+and returns one JSON result; tensors and figures it writes into its own folder. Stages never import
+each other: they meet in artifacts. This module imports no torch, so that a plan needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from dsteer.config import PipelineConfig
+from dsteer.errors import StoreError
+from dsteer.progress import Reporter
+from dsteer.store import Json, read_json
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table.
+
+    Attributes:
+        name: the stage, its config section and its folder.
+        entry: import path of its function.
+        needs: the stages whose artifacts it reads, where they are part of the plan.
+        reads: the config keys that its result depends on.
+        version: raised when the same inputs would give another result.
+        does: one line for people.
+    """
+
+    name: str
+    entry: str
+    needs: tuple[str, ...]
+    reads: tuple[str, ...]
+    version: int
+    does: str
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("data", "dsteer.stages.data:run", (), ("data", "seed"), 1,
+          "read, check and split the preference pairs"),
+    Stage("base", "dsteer.stages.base:run", ("data",), ("base", "seed", "models.device"), 1,
+          "train a tiny base model and its tokenizer"),
+    Stage("dpo", "dsteer.stages.dpo:run", ("data", "base"), ("dpo", "models", "seed"), 1,
+          "train the tuned model with DPO"),
+    Stage("activations", "dsteer.stages.activations:run", ("data", "base", "dpo"),
+          ("activations", "models"), 1, "read paired hidden states"),
+    Stage("vector", "dsteer.stages.vector:run", ("base", "dpo", "activations"),
+          ("vector", "models", "seed"), 1, "average v* and test its size, direction and reach"),
+    Stage("cosine", "dsteer.stages.cosine:run", ("activations", "vector"), ("cosine", "seed"), 1,
+          "measure cosines with v*"),
+    Stage("spectrum", "dsteer.stages.spectrum:run", ("activations", "vector"),
+          ("spectrum", "seed"), 1, "measure singular spectra, entropies and ranks"),
+    Stage("report", "dsteer.stages.report:run",
+          ("data", "base", "dpo", "activations", "vector", "cosine", "spectrum"),
+          ("report", "name", "description"), 1, "draw the figures and write the report"),
+)  # fmt: skip
+
+BY_NAME: Mapping[str, Stage] = {stage.name: stage for stage in STAGES}
+
+
+def planned(config: PipelineConfig) -> list[Stage]:
+    """The stages that a pipeline configures, in order."""
+    return [stage for stage in STAGES if getattr(config, stage.name) is not None]
+
+
+def needs(stage: Stage, config: PipelineConfig) -> list[Stage]:
+    """The planned stages whose artifacts a stage reads."""
+    present = {other.name for other in planned(config)}
+    return [BY_NAME[name] for name in stage.needs if name in present]
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage is given.
+
+    Attributes:
+        name: the stage.
+        config: the whole pipeline.
+        run: the run folder. A stage writes only below ``folder``.
+        reporter: shows progress.
+    """
+
+    name: str
+    config: PipelineConfig
+    run: Path
+    reporter: Reporter
+
+    @property
+    def folder(self) -> Path:
+        """This stage's own folder."""
+        return self.run / self.name
+
+    @property
+    def inputs(self) -> Mapping[str, Path]:
+        """Folder of each stage that this one reads."""
+        return {
+            other.name: self.run / other.name for other in needs(BY_NAME[self.name], self.config)
+        }
+
+    def input(self, name: str) -> Path:
+        """Folder of a stage that this one can't do without.
+
+        Raises:
+            StoreError: the pipeline does not configure that stage.
+        """
+        if name not in self.inputs:
+            raise StoreError(
+                f"stage {self.name} reads {name}, which this pipeline does not configure; "
+                f"add a `{name}:` section"
+            )
+        return self.inputs[name]
+
+    def result(self, name: str) -> Json:
+        """Another stage's ``result.json``."""
+        return read_json(self.input(name) / "result.json")
+
+    def seed(self, *names: str) -> int:
+        """A seed for one purpose of this stage."""
+        return self.config.seed_for(self.name, *names)
+
+    @property
+    def base_path(self) -> str:
+        """Hub id or folder of the base model."""
+        trained = self.inputs.get("base")
+        return str(trained / "model") if trained is not None else str(self.config.models.base)
+
+    @property
+    def tuned_path(self) -> str:
+        """Hub id or folder of the tuned model (or of its adapter)."""
+        trained = self.inputs.get("dpo")
+        return str(trained / "model") if trained is not None else str(self.config.models.tuned)
+
+
+def call(context: StageContext) -> Json:
+    """Import a stage's function and run it."""
+    module, _, function = BY_NAME[context.name].entry.partition(":")
+    return getattr(import_module(module), function)(context)
