@@ -1,8 +1,8 @@
 """Pydantic models of a pipeline.
 
-A pipeline is one YAML file. Each top-level section configures the stage of that name; a section that
-is absent leaves its stage out of the plan. Unknown keys are refused, and all mistakes are reported
-at once with their dotted path.
+A pipeline is one YAML file. Each top-level section configures the stage of that name; a section
+that is absent leaves its stage out of the plan. Unknown keys are refused, and all mistakes are
+reported at once with their dotted path.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
@@ -80,7 +81,7 @@ class OasstSource(_Source):
 
 
 class PreferenceSource(_Source):
-    """TRL's form: ``prompt``, ``chosen``, ``rejected`` (text or messages); JSONL, Parquet or hub."""
+    """TRL's ``prompt``, ``chosen``, ``rejected`` (text or messages): JSONL, Parquet or hub."""
 
     format: Literal["preference"]
     subset: str | None = None
@@ -147,7 +148,9 @@ class ModelsConfig(Section):
     """Which models, and in which precision they are read."""
 
     base: str | None = Field(None, description="Hub id or folder; absent if `base` trains one.")
-    tuned: str | None = Field(None, description="Hub id, folder or adapter; absent if `dpo` trains it.")
+    tuned: str | None = Field(
+        None, description="Hub id, folder or adapter; absent if `dpo` trains it."
+    )
     base_revision: str | None = None
     tuned_revision: str | None = None
     tokenizer: str | None = Field(None, description="Hub id or folder; default: the base model's.")
@@ -244,8 +247,12 @@ class ActivationsConfig(Section):
     template: Literal["none", "chat"] = Field(
         "none", description="none: the transcript as it stands; chat: the tokenizer's template."
     )
-    batch_tokens: PositiveInt | None = Field(None, description="Tokens a batch; default: by device.")
-    max_tokens: PositiveInt = Field(1024, description="Longer prompts are cut on the left, counted.")
+    batch_tokens: PositiveInt | None = Field(
+        None, description="Tokens a batch; default: by device."
+    )
+    max_tokens: PositiveInt = Field(
+        1024, description="Longer prompts are cut on the left, counted."
+    )
     noise_floor_prompts: PositiveInt = Field(
         32, description="Prompts that the base reads again, one at a time, to measure rounding."
     )
@@ -267,7 +274,7 @@ class VectorConfig(Section):
     @field_validator("strengths")
     @classmethod
     def _sorted(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if len(value) < 3 or any(a >= b for a, b in zip(value, value[1:], strict=False)):
+        if len(value) < 3 or any(a >= b for a, b in pairwise(value)):
             raise ValueError("needs at least 3 strengths, in rising order")
         return value
 
@@ -336,7 +343,9 @@ class PipelineConfig(Section):
 # ---------------------------------------------------------------------------------- reading
 
 
-def read_pipeline(text: str, overrides: Sequence[str] = (), *, origin: str = "pipeline") -> PipelineConfig:
+def read_pipeline(
+    text: str, overrides: Sequence[str] = (), *, origin: str = "pipeline"
+) -> PipelineConfig:
     """Parse a pipeline's YAML with dotted overrides.
 
     Args:
@@ -366,9 +375,21 @@ def read_pipeline(text: str, overrides: Sequence[str] = (), *, origin: str = "pi
     try:
         return PipelineConfig.model_validate(raw)
     except ValidationError as error:
-        mistakes = [_describe(dict(mistake)) for mistake in error.errors()]
+        found = error.errors()
+        # A list whose items are all wrong is also called too short: tell only the cause.
+        mistakes = [
+            _describe(dict(mistake))
+            for mistake in found
+            if not (mistake["type"] == "too_short" and _has_below(mistake["loc"], found))
+        ]
         head = f"{origin}: " if len(mistakes) == 1 else f"{origin}: {len(mistakes)} mistakes\n  "
         raise ConfigError(head + "\n  ".join(mistakes)) from None
+
+
+def _has_below(location: Sequence[object], mistakes: Sequence[Any]) -> bool:
+    """Whether another mistake lies inside the value at a location."""
+    depth = len(location)
+    return any(len(m["loc"]) > depth and m["loc"][:depth] == location for m in mistakes)
 
 
 STAGE_SECTIONS = frozenset({"base", "dpo", "activations", "vector", "cosine", "spectrum", "report"})
@@ -428,8 +449,13 @@ def _describe(mistake: dict[str, Any]) -> str:
     return f"{path}: {message}{shown}"
 
 
-_TAGS = {"hh-rlhf": HHSource, "oasst": OasstSource, "preference": PreferenceSource,
-         "prompts": PromptSource, "synthetic": SyntheticSource}  # fmt: skip
+_TAGS: dict[str, type[BaseModel]] = {
+    "hh-rlhf": HHSource,
+    "oasst": OasstSource,
+    "preference": PreferenceSource,
+    "prompts": PromptSource,
+    "synthetic": SyntheticSource,
+}
 
 
 def _is_tag(part: object) -> bool:
@@ -438,13 +464,13 @@ def _is_tag(part: object) -> bool:
 
 def _known_keys(location: Sequence[object]) -> list[str]:
     """The keys of the section that holds the last part of a pydantic error location."""
-    model: type[BaseModel] | None = PipelineConfig
+    model: type[BaseModel] = PipelineConfig
     for part in location[:-1]:
         if part in _TAGS:
-            model = _TAGS[cast(str, part)]
-        elif isinstance(part, str) and model is not None and part in model.model_fields:
+            model = _TAGS[str(part)]
+        elif isinstance(part, str) and part in model.model_fields:
             model = _section_in(model.model_fields[part].annotation) or model
-    return list(model.model_fields) if model is not None else []
+    return list(model.model_fields)
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
@@ -481,12 +507,15 @@ def find_pipeline(pipeline: str) -> Path:
     path = Path(pipeline)
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         if not path.is_file():
-            raise ConfigError(f"{pipeline}: no such file; `dsteer pipelines` lists the shipped ones")
+            raise ConfigError(
+                f"{pipeline}: no such file; `dsteer pipelines` lists the shipped ones"
+            )
         return path
     shipped = shipped_pipelines()
     if pipeline not in shipped:
         raise ConfigError(
-            f"{pipeline!r} is neither a file nor a shipped pipeline{did_you_mean(pipeline, shipped)}"
+            f"{pipeline!r} is neither a file nor a shipped pipeline"
+            f"{did_you_mean(pipeline, shipped)}"
         )
     return shipped[pipeline]
 

@@ -34,7 +34,7 @@ class Reporter:
     def line(self, text: str) -> None:
         """Print one line, unless quiet."""
         if self.mode != "quiet":
-            print(text, file=self._stream, flush=True)  # noqa: T201
+            print(text, file=self._stream, flush=True)
 
     @contextmanager
     def bar(self, label: str, total: int, *, unit: str, done: int = 0) -> Iterator[Advance]:

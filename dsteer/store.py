@@ -1,9 +1,9 @@
 """Artifacts on disk: atomic JSON and safetensors, content hashes, and the run folder.
 
-A run folder holds one folder a stage. While a stage works, its folder has ``partial.json`` with the
-fingerprint of the work; when it is complete, ``stage.json`` with the fingerprint and the hash of each
-output replaces it. Work under another fingerprint is thrown away before a stage starts again, so
-nothing stale is ever reused.
+A run folder holds one folder a stage. While a stage works, its folder has ``partial.json`` with
+the fingerprint of the work; when it is complete, ``stage.json`` with the fingerprint and the hash
+of each output replaces it. Work under another fingerprint is thrown away before a stage starts
+again, so nothing stale is ever reused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -56,7 +56,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     yield temporary
     shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _sync(path: Path) -> None:
@@ -65,11 +65,11 @@ def _sync(path: Path) -> None:
 
 
 def to_json(value: Json) -> str:
-    """Readable JSON with sorted keys; the same value gives the same bytes.
+    """Readable JSON, keys in the order given.
 
     Numbers that JSON lacks (NaN, infinities) become null: a quantity that is undefined is absent.
     """
-    return json.dumps(_plain(value), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n"
 
 
 def _plain(value: Json) -> Json:
@@ -192,7 +192,8 @@ def identify(path: str, *, revision: str | None = None, kind: str = "model") -> 
 
 def looks_like_hub_id(path: str) -> bool:
     """Whether a string could be ``owner/name`` or ``name`` on the hub rather than a local path."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(path)
@@ -311,28 +312,36 @@ class Run:
         path = self.path / "manifest.json"
         return dict(read_json(path)) if path.is_file() else None
 
-    def claim(self, name: str, yaml_text: str) -> None:
-        """Make this folder the run of a pipeline and put the YAML into it.
+    def check(self, name: str) -> None:
+        """See that this folder is free, or holds the run of this pipeline already.
 
         Raises:
             StoreError: the folder belongs to another pipeline, or holds files that are no run.
         """
         if self.path.exists() and not self.path.is_dir():
             raise StoreError(f"{self.path}: a file, not a folder; choose another --out")
-        if self.path.is_dir():
-            manifest = self.manifest()
-            if manifest is not None and manifest.get("name") != name:
-                raise StoreError(
-                    f"{self.path} holds the run {manifest.get('name')!r}, not {name!r}; "
-                    "choose another --out"
-                )
-            strangers = [item.name for item in self.path.iterdir() if item.name != ".lock"]
-            if manifest is None and strangers:
-                raise StoreError(
-                    f"{self.path} is not empty and holds no run (found {strangers[0]!r}); "
-                    "choose another --out"
-                )
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.path.is_dir():
+            return
+        manifest = self.manifest()
+        if manifest is not None and manifest.get("name") != name:
+            raise StoreError(
+                f"{self.path} holds the run {manifest.get('name')!r}, not {name!r}; "
+                "choose another --out"
+            )
+        strangers = sorted(item.name for item in self.path.iterdir() if item.name != ".lock")
+        if manifest is None and strangers:
+            raise StoreError(
+                f"{self.path} is not empty and holds no run (found {strangers[0]!r}); "
+                "choose another --out"
+            )
+
+    def claim(self, name: str, yaml_text: str) -> None:
+        """Make this folder the run of a pipeline and put the YAML into it.
+
+        Raises:
+            StoreError: as :meth:`check`.
+        """
+        self.check(name)
         if self.manifest() is None:
             write_json(self.path / "manifest.json", {"name": name})
         with atomic_path(self.path / "pipeline.yaml") as temporary:

@@ -13,7 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook(["dsteer.geometry", "dsteer.activations", "dsteer.steering"], "beartype.beartype")
+install_import_hook(
+    ["dsteer.geometry", "dsteer.activations", "dsteer.steering"], "beartype.beartype"
+)
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -1,8 +1,8 @@
 """THE table of stages, in order, and what a stage is given.
 
-A stage is one thin file with ``run(context) -> result``: it loads its inputs, calls the layers below
-and returns one JSON result; tensors and figures it writes into its own folder. Stages never import
-each other: they meet in artifacts. This module imports no torch, so that a plan needs none.
+A stage is one thin file with ``run(context) -> result``: it loads its inputs, calls the layers
+below and returns one JSON result; tensors and figures it writes into its own folder. Stages never
+import each other: they meet in artifacts. This module imports no torch, so a plan needs none.
 """
 
 from __future__ import annotations

@@ -9,5 +9,7 @@ from dsteer.store import Json
 
 def run(context: StageContext) -> Json:
     """Write the report; the result names its file."""
-    path = write_report(context.run, title=context.config.report.title if context.config.report else None)
+    path = write_report(
+        context.run, title=context.config.report.title if context.config.report else None
+    )
     return {"headline": {"report": path.name}, "notes": []}

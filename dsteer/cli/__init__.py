@@ -1,0 +1,288 @@
+"""The command line. Heavy imports live inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from dsteer.errors import DsteerError
+
+app = typer.Typer(
+    name="dsteer",
+    help="Find out what preference training did inside a language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+PipelineArgument = Annotated[
+    str, typer.Argument(metavar="PIPELINE", help="A YAML file, or the name of a shipped pipeline.")
+]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides of the pipeline.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Run folder; default: results/<name>.")
+]
+UntilOption = Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")]
+OnlyOption = Annotated[str | None, typer.Option(metavar="STAGE", help="Run this stage alone.")]
+ForceOption = Annotated[
+    str | None, typer.Option(metavar="STAGE", help="Redo this stage and all that read it.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Entry point of the ``dsteer`` command."""
+    app()
+
+
+def _friendly(command: Command) -> Command:
+    """Turn a user's mistake into one line and exit code 2, and Ctrl-C into a word on going on.
+
+    Adds the option ``--debug``, which shows the traceback instead.
+    """
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except DsteerError as error:
+            if debug:
+                raise
+            print(f"dsteer: {error}", file=sys.stderr)  # noqa: T201
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print(  # noqa: T201
+                "\ndsteer: interrupted; nothing that was complete is lost, and the same command "
+                "goes on from here",
+                file=sys.stderr,
+            )
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise typer.Exit(0) from None
+
+    hints = get_type_hints(command, include_extras=True)
+    given = inspect.signature(command).parameters.values()
+    debug_option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False)
+    wrapped.__annotations__ = {**hints, "debug": DebugOption}
+    wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            parameter.replace(annotation=wrapped.__annotations__[parameter.name])
+            for parameter in (*given, debug_option)
+        ]
+    )
+    return wrapped  # type: ignore[return-value]
+
+
+def _say(text: str = "") -> None:
+    print(text)  # noqa: T201
+
+
+def _read(pipeline: str, overrides: list[str] | None) -> tuple[Any, str]:
+    """Read a pipeline; return its config and its YAML as it stands."""
+    from dsteer.config import find_pipeline, read_pipeline
+
+    path = find_pipeline(pipeline)
+    text = path.read_text(encoding="utf-8")
+    return read_pipeline(text, overrides or (), origin=path.name), text
+
+
+def _folder(out: Path | None, name: str) -> Path:
+    return out if out is not None else Path("results") / name
+
+
+@app.command()
+@_friendly
+def run(
+    pipeline: PipelineArgument,
+    overrides: OverridesArgument = None,
+    until: UntilOption = None,
+    only: OnlyOption = None,
+    force: ForceOption = None,
+    out: OutOption = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress, only the end.")
+    ] = False,
+) -> None:
+    """Run a pipeline: what is identical is skipped, what was cut off goes on."""
+    from dsteer.pipeline import run_pipeline
+    from dsteer.progress import Reporter
+
+    config, text = _read(pipeline, overrides)
+    folder = _folder(out, config.name)
+    summary = run_pipeline(
+        config,
+        text,
+        folder,
+        overrides=overrides or (),
+        until=until,
+        only=only,
+        force=force,
+        reporter=Reporter("quiet" if quiet else "auto"),
+    )
+    _print_summary(summary, folder)
+
+
+@app.command()
+@_friendly
+def plan(
+    pipeline: PipelineArgument,
+    overrides: OverridesArgument = None,
+    until: UntilOption = None,
+    only: OnlyOption = None,
+    force: ForceOption = None,
+    out: OutOption = None,
+) -> None:
+    """Show what `run` would do, without loading a model."""
+    from dsteer.pipeline import make_plan
+    from dsteer.store import Run
+
+    config, _ = _read(pipeline, overrides)
+    folder = _folder(out, config.name)
+    steps = make_plan(config, Run(folder), until=until, only=only, force=force)
+    _say(f"{config.name} → {folder}")
+    for step in steps:
+        _say(f"  {step.stage.name:12} {step.action:7} {step.why}")
+        for key, identity in step.identity["inputs"].items():
+            known = identity or "not at hand yet: will be asked of the hub"
+            _say(f"  {'':12} {'':7} {key}: {known}")
+
+
+@app.command()
+@_friendly
+def validate(pipeline: PipelineArgument, overrides: OverridesArgument = None) -> None:
+    """Check a pipeline: every mistake at once, by dotted path."""
+    from dsteer.pipeline import outside_inputs
+    from dsteer.stages import planned
+
+    config, _ = _read(pipeline, overrides)
+    stages = planned(config)
+    for stage in stages:
+        outside_inputs(stage.name, config)
+    _say(f"{config.name}: valid; stages: {' → '.join(stage.name for stage in stages)}")
+
+
+@app.command()
+@_friendly
+def report(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name.")],
+) -> None:
+    """Draw a run's figures again and write its report, from its artifacts alone."""
+    from dsteer.stages import STAGES
+    from dsteer.store import Run
+
+    found = Run(_find_run(run_folder))
+    from dsteer.report.figures import draw
+    from dsteer.report.html import write_report
+
+    with found.lock():
+        for stage in STAGES:
+            if found.stage(stage.name).record() is not None:
+                draw(stage.name, found.path / stage.name)
+        config = (found.manifest() or {}).get("config") or {}
+        path = write_report(found.path, title=(config.get("report") or {}).get("title"))
+    _say(str(path))
+
+
+def _find_run(name: str) -> Path:
+    from dsteer.errors import StoreError
+
+    for path in (Path(name), Path("results") / name):
+        if (path / "manifest.json").is_file():
+            return path
+    raise StoreError(f"{name}: no run there (no manifest.json); `dsteer ls` lists runs")
+
+
+@app.command(name="ls")
+@_friendly
+def list_runs(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where runs lie.")] = Path(
+        "results"
+    ),
+) -> None:
+    """List the runs in a folder with their headline numbers."""
+    from dsteer.stages import STAGES
+    from dsteer.store import Run, read_json
+
+    runs = sorted(path.parent for path in folder.glob("*/manifest.json"))
+    if not runs:
+        _say(f"no runs in {folder}; `dsteer run tiny` makes one")
+    for path in runs:
+        found = Run(path)
+        done = [s.name for s in STAGES if found.stage(s.name).record() is not None]
+        summary_path = path / "summary.json"
+        stages = read_json(summary_path)["stages"] if summary_path.is_file() else {}
+        cosine = stages.get("cosine", {})
+        site, value = cosine.get("chosen_site"), cosine.get("held_out_cosine")
+        shown = f"held-out cosine {value:.3f} at {site}" if value is not None else ""
+        _say(f"{path.name:24} {len(done)} stages, last: {done[-1] if done else '–':12} {shown}")
+
+
+@app.command()
+@_friendly
+def pipelines(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Print this one's YAML.")
+    ] = None,
+) -> None:
+    """List the shipped pipelines, or print one to start your own from."""
+    from dsteer.config import find_pipeline, read_pipeline, shipped_pipelines
+
+    if name is not None:
+        _say(find_pipeline(name).read_text(encoding="utf-8").rstrip())
+        return
+    for shipped, path in shipped_pipelines().items():
+        config = read_pipeline(path.read_text(encoding="utf-8"), origin=path.name)
+        _say(f"{shipped:18} {config.description}")
+
+
+@app.command()
+@_friendly
+def schema() -> None:
+    """Print the JSON schema of a pipeline, for editors."""
+    from dsteer.config import json_schema
+    from dsteer.store import to_json
+
+    _say(to_json(json_schema()).rstrip())
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        from dsteer import __version__
+
+        _say(f"dsteer {__version__}")
+        raise typer.Exit(0)
+
+
+def _print_summary(summary: dict[str, Any], folder: Path) -> None:
+    _say(f"{summary['run']} → {folder}")
+    for stage, headline in summary["stages"].items():
+        shown = ", ".join(f"{key} {_short(value)}" for key, value in headline.items())
+        _say(f"  {stage:12} {shown}")
+    if summary["notes"]:
+        _say("Notes")
+        for note in summary["notes"]:
+            _say(f"  {note['stage']}: {note['text']}")
+    if (folder / "report.html").is_file() and "report" in summary["stages"]:
+        _say(f"Report: {folder / 'report.html'}")
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "undefined"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)

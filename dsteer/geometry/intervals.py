@@ -1,0 +1,1 @@
+"""Intervals: resampling by conversation, with v refitted in each draw."""

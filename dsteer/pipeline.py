@@ -1,0 +1,411 @@
+"""Plan a pipeline, skip what is identical, run the rest, resume what was cut off.
+
+A stage's identity is its fingerprint: the hash of its name and version, the config values that it
+reads, the identity of its outside inputs (files, hub commits) and its upstreams' fingerprints.
+"""
+
+from __future__ import annotations
+
+import errno
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from dsteer import __version__
+from dsteer.config import PipelineConfig, resolved, select
+from dsteer.errors import ConfigError, DsteerError, StoreError, did_you_mean
+from dsteer.progress import Reporter
+from dsteer.stages import BY_NAME, STAGES, Stage, StageContext, call, needs, planned
+from dsteer.store import Json, Run, hash_json, identify, read_json, write_json
+
+Action = Literal["skip", "run", "resume", "redo", "wait"]
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers",
+            "safetensors", "numpy", "scipy", "matplotlib")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a plan.
+
+    Attributes:
+        stage: the row of the table.
+        identity: what the fingerprint is the hash of.
+        fingerprint: names exactly this work.
+        action: skip (identical and complete), resume (cut off), redo (something changed), run
+            (never ran), wait (not asked for now).
+        why: the reason for people.
+    """
+
+    stage: Stage
+    identity: Mapping[str, Json]
+    fingerprint: str
+    action: Action
+    why: str
+
+
+# ---------------------------------------------------------------------------------- planning
+
+
+def outside_inputs(stage: str, config: PipelineConfig) -> dict[str, str | None]:
+    """The identity of each file, folder or hub id that a stage reads from outside the run.
+
+    Raises:
+        ConfigError: a local file or folder is named that does not exist.
+    """
+    found: dict[str, str | None] = {}
+
+    def add(key: str, path: str | None, revision: str | None, kind: str) -> None:
+        if path is not None:
+            _require_local(key, path)
+            found[key] = identify(path, revision=revision, kind=kind)
+
+    models = config.models
+    if stage == "data":
+        for index, source in enumerate(config.data.sources):
+            if source.format != "synthetic":
+                add(f"data.sources.{index}.path", source.path, source.revision, "dataset")
+    if stage in {"dpo", "activations"}:
+        add("models.base", models.base, models.base_revision, "model")
+        add("models.tokenizer", models.tokenizer, None, "model")
+    if stage == "activations":
+        add("models.tuned", models.tuned, models.tuned_revision, "model")
+    return found
+
+
+_FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".csv", ".txt", ".parquet", ".yaml"}
+
+
+def _require_local(key: str, path: str) -> None:
+    """Refuse what can only be meant as a local path and isn't there."""
+    local = Path(path).expanduser()
+    meant_local = path.startswith(("/", "./", "../", "~")) or local.suffix in _FILE_SUFFIXES
+    if meant_local and not local.exists():
+        raise ConfigError(
+            f"{key}: {path}: no such file or folder; give a path that exists, or a hub id"
+        )
+
+
+def make_plan(
+    config: PipelineConfig,
+    run: Run,
+    *,
+    until: str | None = None,
+    only: str | None = None,
+    force: str | None = None,
+) -> list[Step]:
+    """Decide for each configured stage what would be done now. Loads no weights.
+
+    Raises:
+        ConfigError: a stage is named that does not exist or that the pipeline does not configure,
+            or a local input is missing.
+    """
+    stages = planned(config)
+    for option, name in (("--until", until), ("--only", only), ("--force", force)):
+        _check_stage(option, name, stages)
+    names = [stage.name for stage in stages]
+    last = names.index(until) if until is not None else len(names) - 1
+    forced: set[str] = set()
+    steps: list[Step] = []
+    fingerprints: dict[str, str] = {}
+    for index, stage in enumerate(stages):
+        upstream = {other.name: fingerprints[other.name] for other in needs(stage, config)}
+        identity = {
+            "stage": stage.name,
+            "version": stage.version,
+            "config": select(config, stage.reads),
+            "inputs": outside_inputs(stage.name, config),
+            "upstream": upstream,
+        }
+        fingerprint = fingerprints[stage.name] = hash_json(identity)
+        if stage.name == force or forced & upstream.keys():
+            forced.add(stage.name)
+        asked = stage.name == only if only is not None else index <= last
+        action, why = _decide(run, stage, identity, fingerprint, stage.name in forced)
+        if not asked and action != "skip":
+            action = "wait"
+        steps.append(Step(stage, identity, fingerprint, action, why))
+    return steps
+
+
+def _check_stage(option: str, name: str | None, stages: Sequence[Stage]) -> None:
+    if name is None or any(stage.name == name for stage in stages):
+        return
+    if name in BY_NAME:
+        raise ConfigError(
+            f"{option} {name}: this pipeline does not configure that stage; add a `{name}:` section"
+        )
+    raise ConfigError(
+        f"{option} {name}: no such stage{did_you_mean(name, [stage.name for stage in STAGES])}"
+    )
+
+
+def _decide(
+    run: Run, stage: Stage, identity: Mapping[str, Json], fingerprint: str, forced: bool
+) -> tuple[Action, str]:
+    folder = run.stage(stage.name)
+    state = folder.state(fingerprint)
+    if forced:
+        return "redo", "forced"
+    if state == "complete":
+        return "skip", "identical and complete"
+    if state == "partial":
+        return "resume", "cut off before it was complete"
+    if state == "absent":
+        return "run", "not run yet"
+    return "redo", _what_changed(folder.record(), identity)
+
+
+def _what_changed(record: Mapping[str, Json] | None, identity: Mapping[str, Json]) -> str:
+    if record is None or "identity" not in record:
+        return "left unfinished under other settings"
+    before = record["identity"]
+    changed = [
+        f"{path} was {old!r}, is {new!r}"
+        for path, old, new in _differences(before["config"], identity["config"])
+    ]
+    for part, words in (("inputs", "has other content"), ("upstream", "changes")):
+        changed += [
+            f"{key} {words}"
+            for key, value in identity[part].items()
+            if before[part].get(key) != value
+        ]
+    if before.get("version") != identity["version"]:
+        changed.insert(0, "dsteer's own stage changed")
+    return "; ".join(changed[:3]) or "its outputs are incomplete"
+
+
+def _differences(old: Json, new: Json, path: str = "") -> list[tuple[str, Json, Json]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted({*old, *new})
+        return [
+            found
+            for key in keys
+            for found in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            found
+            for index, (left, right) in enumerate(zip(old, new, strict=True))
+            for found in _differences(left, right, f"{path}.{index}")
+        ]
+    return [(path, old, new)] if old != new else []
+
+
+# ---------------------------------------------------------------------------------- running
+
+
+def run_pipeline(
+    config: PipelineConfig,
+    yaml_text: str,
+    out: Path,
+    *,
+    overrides: Sequence[str] = (),
+    until: str | None = None,
+    only: str | None = None,
+    force: str | None = None,
+    reporter: Reporter,
+) -> Json:
+    """Run a pipeline into a folder and return its summary.
+
+    Raises:
+        DsteerError: anything that the user can mend; what was complete stays.
+    """
+    run = Run(out)
+    try:
+        run.check(config.name)
+        steps = make_plan(config, run, until=until, only=only, force=force)
+        if only is not None:
+            _require_inputs(only, steps, config)
+        with run.lock():
+            run.claim(config.name, yaml_text)
+            for step in steps:
+                _take(step, steps, config, run, overrides, reporter)
+            _write_records(config, run, steps, overrides)
+    except DsteerError:
+        raise
+    except Exception as error:
+        trouble = _storage_trouble(error, out)
+        if trouble is None:
+            raise
+        raise StoreError(trouble) from error
+    return read_json(run.path / "summary.json")
+
+
+def _require_inputs(only: str, steps: Sequence[Step], config: PipelineConfig) -> None:
+    needed = {stage.name for stage in needs(BY_NAME[only], config)}
+    missing = [s.stage.name for s in steps if s.stage.name in needed and s.action != "skip"]
+    if missing:
+        raise StoreError(
+            f"--only {only}: its inputs are missing or out of date ({', '.join(missing)}); "
+            f"run --until {only} instead"
+        )
+
+
+def _take(
+    step: Step,
+    steps: Sequence[Step],
+    config: PipelineConfig,
+    run: Run,
+    overrides: Sequence[str],
+    reporter: Reporter,
+) -> None:
+    name = step.stage.name
+    if step.action in {"skip", "wait"}:
+        if step.action == "skip":
+            reporter.line(f"{name}: {step.why}, skipped")
+        return
+    reporter.line(f"{name}: {step.stage.does} ({step.why})")
+    folder = run.stage(name)
+    if step.action == "redo":
+        folder.clear()
+    folder.begin(step.fingerprint)
+    # The report reads the manifest and the summary, so they are brought up to date before it runs.
+    _write_records(config, run, steps, overrides)
+    context = StageContext(name=name, config=config, run=run.path, reporter=reporter)
+    _reset_peak_memory()
+    start = time.monotonic()
+    result = call(context)
+    record = {
+        "identity": step.identity,
+        "version": step.stage.version,
+        "seconds": round(time.monotonic() - start, 2),
+        "peak_memory_bytes": _peak_memory(),
+        "resumed": step.action == "resume",
+    }
+    folder.finish(step.fingerprint, result, record)
+    reporter.line(f"{name}: done in {record['seconds']:.1f} s")
+
+
+_RECORDED = ("fingerprint", "version", "seconds", "peak_memory_bytes", "resumed", "outputs")
+
+
+def _write_records(
+    config: PipelineConfig, run: Run, steps: Sequence[Step], overrides: Sequence[str]
+) -> None:
+    """Write manifest.json and summary.json from the stages that are complete and up to date."""
+    complete = [s for s in steps if run.stage(s.stage.name).state(s.fingerprint) == "complete"]
+    records = {step.stage.name: run.stage(step.stage.name).record() or {} for step in complete}
+    commit, dirty = _git_state()
+    manifest = {
+        "name": config.name,
+        "description": config.description,
+        "dsteer_version": __version__,
+        "commit": commit,
+        "dirty": dirty,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "platform": platform.platform(),
+        "device": _device(config),
+        "config": resolved(config),
+        "overrides": list(overrides),
+        "inputs": {k: v for step in steps for k, v in step.identity["inputs"].items()},
+        "stages": {
+            name: {key: record.get(key) for key in _RECORDED} for name, record in records.items()
+        },
+    }
+    write_json(run.path / "manifest.json", manifest)
+    results = {name: read_json(run.stage(name).result_path) for name in records}
+    summary = {
+        "run": config.name,
+        "stages": {name: result["headline"] for name, result in results.items()},
+        "notes": [
+            {"stage": name, "text": text}
+            for name, result in results.items()
+            for text in result["notes"]
+        ],
+    }
+    write_json(run.path / "summary.json", summary)
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _device(config: PipelineConfig) -> str:
+    """The device that was asked for, and what `auto` meant if torch is loaded by now."""
+    device = config.models.device
+    torch = sys.modules.get("torch")
+    if device == "auto" and torch is not None:
+        if torch.cuda.is_available():
+            return f"cuda ({torch.cuda.get_device_name()})"
+        if torch.backends.mps.is_available():
+            return "mps"
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return device
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    """Commit and dirty flag of dsteer's own checkout; None where it is installed from a wheel."""
+    package = Path(__file__).parent
+    if not (package.parent / ".git").exists():
+        return None, None
+    try:
+        commit = _git(package, "rev-parse", "HEAD")
+        # What a run writes is not a change of the program.
+        changes = _git(package, "status", "--porcelain", "--", "..", ":(exclude,top)results")
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+    return commit, bool(changes)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def _reset_peak_memory() -> None:
+    """Start the kernel's high-water mark anew, so that each stage has its own (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory() -> dict[str, int]:
+    """Peak resident memory of this process, and of the GPU where one was used, in bytes."""
+    peak: dict[str, int] = {}
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                peak["host"] = int(line.split()[1]) * 1024
+    else:
+        import resource
+
+        scale = 1 if sys.platform == "darwin" else 1024
+        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def _storage_trouble(error: Exception, out: Path) -> str | None:
+    """One line if an exception comes from a full, read-only or forbidden disk; else None."""
+    if isinstance(error, OSError):
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return f"{out}: the disk is full; free some space and run the same command again"
+        if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
+            where = error.filename or out
+            return f"{where}: can't be written ({error.strerror}); choose another --out"
+    existing = next((path for path in (out, *out.resolve().parents) if path.exists()), None)
+    # Libraries wrap a full disk into errors of their own; the disk itself tells.
+    full = existing is not None and shutil.disk_usage(existing).free < 1 << 20
+    if full or "No space left on device" in str(error):
+        return f"{out}: the disk is full; free some space and run the same command again"
+    return None

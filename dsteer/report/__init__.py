@@ -1,0 +1,1 @@
+"""Figures and the one-file HTML report, from artifacts alone: no torch, no models."""

@@ -1,0 +1,802 @@
+"""The figures, drawn from a stage's result and tensors.
+
+Each function returns one :class:`Drawing`: the figure, and as ``data`` every number in it with the
+caption that says what was drawn. An undefined quantity is hatched and named, never drawn as 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec, SubplotSpec
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from dsteer.report.style import (
+    BLUE,
+    COLUMN,
+    DELTA_H,
+    GREEN,
+    GREY,
+    H_BASE,
+    H_TUNED,
+    HELD_OUT,
+    HELD_OUT_PAIRS,
+    IN_SAMPLE,
+    INK,
+    LEAVE_ONE_OUT,
+    NULL,
+    PALE,
+    SHADES,
+    TRAIN,
+    VERMILLION,
+    WIDE,
+    Drawing,
+    Mark,
+    styled,
+)
+from dsteer.report.values import (
+    FINAL_NORM,
+    at,
+    block,
+    estimate,
+    interval,
+    is_undefined,
+    items,
+    mapping,
+    number,
+    plural,
+    point,
+    real,
+    site_order,
+)
+from dsteer.store import Json, read_json, read_tensors
+
+Draw = Callable[[dict[str, Json], Path], Drawing | None]
+
+PAPER_COSINE = (0.92, 0.96)
+"""Where the paper's cosines peak (arXiv:2512.11838, Fig. 3)."""
+
+_PRINTED_SITES = 12
+"""Up to so many sites, heat maps print the value in each cell and curves have error bars."""
+
+
+def draw(stage: str, folder: Path) -> list[Path]:
+    """Redraw the figures of a completed stage.
+
+    Raises:
+        StoreError: ``result.json`` or a tensor file is missing or malformed.
+    """
+    return draw_result(stage, read_json(folder / "result.json"), folder)
+
+
+def draw_result(stage: str, result: Json, folder: Path) -> list[Path]:
+    """Draw the figures of a stage from its result and the tensors in its folder.
+
+    Args:
+        stage: the stage; one without figures gives an empty list.
+        result: what the stage returns.
+        folder: the stage's folder; the files go to ``figures/`` in it.
+
+    Returns:
+        The files written: PDF, PNG and JSON of each figure.
+
+    Raises:
+        StoreError: a tensor file is missing or malformed.
+    """
+    written: list[Path] = []
+    for function in FIGURES.get(stage, {}).values():
+        with styled():
+            drawing = function(result, folder)
+            if drawing is not None:
+                written += drawing.save(folder / "figures")
+    return written
+
+
+# ---------------------------------------------------------------------------------- learning
+
+
+def base_learning_curve(result: dict[str, Json], _folder: Path) -> Drawing | None:
+    """Loss of the language-model training of the base, with the loss on held-out text."""
+    steps, losses = _series(result.get("curve"), "step", "loss")
+    if not steps:
+        return None
+    heldout = point(result.get("heldout_loss"))
+    vocabulary = real(at(result, "architecture", "vocab_size"))
+    uniform = math.log(vocabulary) if vocabulary else None
+    figure = Figure(figsize=(COLUMN + 1.0, 2.5))
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color=BLUE, label="train")
+    if heldout is not None:
+        axes.axhline(heldout, color=VERMILLION, ls="--", lw=1.1)
+        _line_label(axes, heldout, f"held-out, at the end: {number(heldout)}", VERMILLION)
+    if uniform is not None:
+        axes.axhline(uniform, color=GREY, ls=":", lw=1)
+        _line_label(axes, uniform, f"uniform guess: ln V = {number(uniform)}", GREY)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    tokens = result.get("tokens_seen")
+    seen = f", {plural(tokens, 'token')} seen" if tokens is not None else ""
+    axes.set_title(f"Base model as a language model{seen}")
+    return Drawing(
+        "learning_curve",
+        figure,
+        {
+            "caption": f"Loss of the base model in training{seen}. The dashed line is the loss on "
+            "held-out text (tune split) at the end; the dotted line is the loss of a uniform "
+            "guess over the vocabulary.",
+            "steps": steps,
+            "loss": losses,
+            "heldout_loss": heldout,
+            "uniform_loss": uniform,
+        },
+    )
+
+
+def dpo_learning_curve(result: dict[str, Json], _folder: Path) -> Drawing | None:
+    """DPO loss, reward accuracy and reward margin on training and held-out pairs."""
+    curve = mapping(result.get("curve"))
+    if not items(curve.get("train")) and not items(curve.get("heldout")):
+        return None
+    panels = (
+        ("loss", "DPO loss (nats)", math.log(2), "ln 2: no preference learned"),
+        ("reward_accuracy", "reward accuracy", 0.5, "chance"),
+        ("reward_margin", "reward margin (nats)", 0.0, "no margin"),
+    )
+    figure = Figure(figsize=(WIDE, 2.6))
+    n = at(result, "test", "n")
+    data: dict[str, Json] = {"n_test": n, "panels": {}}
+    handles: dict[str, Any] = {}
+    for axes, (key, label, reference, words) in zip(
+        figure.subplots(1, 3), panels, strict=True
+    ):
+        shown: dict[str, Json] = {"reference": reference}
+        last = 0.0
+        for name, mark in (("train", TRAIN), ("heldout", HELD_OUT_PAIRS)):
+            steps, values = _series(curve.get(name), "step", key)
+            shown[name] = {"steps": steps, key: values}
+            if not steps:
+                continue
+            last = max(last, *steps)
+            marker = mark.marker if len(steps) <= 40 else ""
+            handles[f"{mark.label} pairs"] = axes.plot(
+                steps, values, color=mark.colour, ls=mark.line, marker=marker,
+                lw=1.0 if name == "train" else 1.5,
+            )[0]  # fmt: skip
+        test = estimate(at(result, "test", key))
+        if test.value is not None:
+            shown["test"] = {"step": last, **test._asdict()}
+            handles["test pairs, at the end"] = axes.errorbar(
+                [last], [test.value], yerr=_bars([test.value], [test.low], [test.high]),
+                fmt="D", ms=5, mfc="white", color=INK, capsize=2.5, zorder=5,
+            )  # fmt: skip
+        axes.axhline(reference, color=GREY, ls=":", lw=1)
+        axes.set_xlabel("training step")
+        axes.set_title(label)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if key == "reward_accuracy":
+            low = min([0.5, *(v for v in _plotted(shown, key) if v is not None)])
+            axes.set_ylim(min(0.4, low - 0.05), 1.02)
+        _line_label(axes, reference, words, GREY)
+        data["panels"][key] = shown
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles)
+    )
+    ends = [
+        f"{label} {interval(at(result, 'test', key))}"
+        for key, label in (("reward_accuracy", "reward accuracy"), ("reward_margin", "margin"))
+        if point(at(result, "test", key)) is not None
+    ]
+    at_end = f" On {plural(n, 'test pair')} at the end: {', '.join(ends)}." if ends else ""
+    data["caption"] = (
+        "DPO training: loss, share of pairs whose chosen answer has the higher implicit reward, "
+        "and mean reward margin, on training pairs (dashed) and held-out pairs (solid). Dotted: "
+        f"the value of a model that has learned nothing (ln 2, chance, 0).{at_end}"
+    )
+    return Drawing("learning_curve", figure, data)
+
+
+# ---------------------------------------------------------------------------------- vector
+
+
+def kl_recovery(result: dict[str, Json], _folder: Path) -> Drawing | None:
+    """Share of KL(tuned‖base) that adding λv* at final_norm recovers, over λ."""
+    titles = {"first_token": "First response token", "response": "All response tokens"}
+    measured = {
+        key: mapping(at(result, "kl_recovery", key))
+        for key in titles
+        if items(at(result, "kl_recovery", key, "strengths"))
+    }
+    if not measured:
+        return None
+    width = WIDE if len(measured) > 1 else COLUMN + 1.2
+    figure = Figure(figsize=(width, 3.1))
+    grid = figure.subplots(1, len(measured), squeeze=False, sharey=True)[0]
+    data: dict[str, Json] = {"panels": {}}
+    lowest = min(
+        (
+            point(value) or 0.0
+            for panel in measured.values()
+            for value in items(panel.get("recovered"))
+        ),
+        default=0.0,
+    )
+    floor = max(lowest, -1.0)
+    handles: dict[str, Any] = {}
+    said = []
+    for axes, (key, panel) in zip(grid, measured.items(), strict=True):
+        strengths = [real(value) for value in items(panel.get("strengths"))]
+        values = [estimate(value) for value in items(panel.get("recovered"))]
+        handles["share recovered"] = _band(axes, strengths, values, HELD_OUT, markers=True)
+        below = [
+            s
+            for s, v in zip(strengths, values, strict=False)
+            if v.value is not None and v.value < floor
+        ]
+        if below:
+            handles["below the axis"] = axes.plot(
+                below, [floor] * len(below), ls="", marker="v", color=BLUE, mfc="white",
+                clip_on=False, zorder=5,
+            )[0]  # fmt: skip
+        for y, words in ((0.0, "0: as far as the base"), (1.0, "1: equals the tuned model")):
+            axes.axhline(y, color=GREY, ls=":", lw=1)
+            _line_label(axes, y, words, GREY)
+        for name, label, colour, line in (
+            ("optimal_strength", "λ of least KL", GREEN, "-"),
+            ("least_squares_strength", "λ of least squares", VERMILLION, "--"),
+        ):
+            best = estimate(panel.get(name))
+            if best.value is None:
+                continue
+            handles[label] = axes.axvline(best.value, color=colour, ls=line, lw=1.2)
+            if best.low is not None and best.high is not None:
+                axes.axvspan(best.low, best.high, color=colour, alpha=0.18, lw=0)
+        if all(value.value is None for value in values):
+            _say(axes, "undefined: the tuned model\nequals the base here")
+        n = panel.get("n")
+        axes.set_title(f"{titles[key]}  (N = {plural(n, 'prompt')})" if n else titles[key])
+        axes.set_xlabel("strength λ (units of v*)")
+        data["panels"][key] = {
+            "n": n,
+            "strengths": strengths,
+            "recovered": [value._asdict() for value in values],
+            "optimal_strength": panel.get("optimal_strength"),
+            "least_squares_strength": panel.get("least_squares_strength"),
+            "off_scale_strengths": below,
+        }
+        said.append(
+            f"{titles[key].lower()}: KL(tuned‖base) {number(point(panel.get('kl_tuned_base')))} "
+            f"nats, least KL at λ = {interval(panel.get('optimal_strength'))}"
+        )
+    grid[0].set_ylim(floor - 0.06 * (1.15 - floor), 1.15)
+    grid[0].set_ylabel("share of KL(tuned‖base) recovered")
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles)
+    )
+    data["caption"] = (
+        "Share of KL(tuned‖base) that adding λv* to the base at final_norm recovers, over the "
+        "strength λ (0: no better than the base, 1: equal to the tuned model; below 0: farther "
+        f"from the tuned model than the base is). {_sentence('; '.join(said))} Vertical lines: the "
+        "best strengths, shaded by their intervals."
+    )
+    return Drawing("kl_recovery", figure, data)
+
+
+def convergence(result: dict[str, Json], _folder: Path) -> Drawing | None:
+    """Cosine between the v* of two disjoint halves, over the size of a half."""
+    curves = mapping(result.get("convergence"))
+    sites = [site for site in site_order(curves) if items(curves[site])]
+    if not sites:
+        return None
+    blocks = [site for site in sites if site != FINAL_NORM]
+    defined = [s for s in blocks if any(point(at(p, "cosine")) is not None for p in curves[s])]
+    if len(defined) <= 6:
+        named = defined
+    else:
+        picks = np.linspace(0, len(defined) - 1, 5).round().astype(int)
+        named = [defined[i] for i in picks]
+    figure = Figure(figsize=(COLUMN + 1.6, 2.8))
+    axes = figure.add_subplot()
+    shades = colormaps["viridis"](np.linspace(0.0, 0.85, max(len(named), 1)))
+    lines = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
+    marks = "osv^Pd"
+    lowest, sizes = 1.0, set[float]()
+    for site in sites:
+        steps, values = _series(curves[site], "n", "cosine")
+        lows = [real(at(p, "low")) for p in curves[site]]
+        highs = [real(at(p, "high")) for p in curves[site]]
+        shown = [v for v in values if v is not None]
+        if not shown:
+            continue
+        lowest, sizes = min(lowest, *shown), sizes | set(steps)
+        estimates = [estimate({"value": v, "low": lo, "high": hi})
+                     for v, lo, hi in zip(values, lows, highs, strict=True)]  # fmt: skip
+        if site == FINAL_NORM:
+            _band(axes, steps, estimates, Mark(site, INK, "-", "D"), markers=True, hollow=True)
+        elif site in named:
+            i = named.index(site)
+            _band(axes, steps, estimates, Mark(site, shades[i], lines[i], marks[i]), markers=True)
+        else:
+            axes.plot(steps, _gaps(values), color=PALE, lw=0.8, zorder=1)
+    undefined = [site for site in blocks if site not in defined]
+    if not sizes:
+        _say(axes, "undefined at every site: Δ = 0")
+    else:
+        axes.set_xscale("log", base=2)
+        ticks = sorted(sizes)
+        while len(ticks) > 8:
+            ticks = ticks[::-2][::-1]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.minorticks_off()
+        figure.legend(loc="outside right center")
+    axes.axhline(1, color=GREY, ls=":", lw=1)
+    axes.set_ylim(min(lowest - 0.05, 0.9) if lowest > 0 else max(-1.05, lowest - 0.1), 1.02)
+    axes.set_xlabel("prompts in each half (N)")
+    axes.set_ylabel("cosine of the two halves' v*")
+    others = f" Pale lines: the {len(defined) - len(named)} other sites." if len(defined) > 6 else ""
+    gone = f" Undefined (Δ = 0) and not drawn: {', '.join(undefined)}." if undefined else ""
+    return Drawing(
+        "convergence",
+        figure,
+        {
+            "caption": "Convergence of v*: cosine between the vectors of two disjoint halves of the "
+            "fit prompts, over the prompts in a half (mean and spread over random splits). "
+            f"Near 1, v* no longer depends on which prompts were drawn.{others}{gone}",
+            "sites": {site: curves[site] for site in sites},
+        },
+    )
+
+
+# ---------------------------------------------------------------------------------- cosine
+
+
+_KINDS = {
+    "null": NULL,
+    "in_sample": IN_SAMPLE,
+    "leave_one_out": LEAVE_ONE_OUT,
+    "held_out": HELD_OUT,
+}
+
+
+def fig3_cosine(result: dict[str, Json], folder: Path) -> Drawing | None:
+    """Figure 3: distributions of cos(Δ, v*) with the null, and the held-out mean at each site."""
+    results = mapping(result.get("sites"))
+    sites = site_order(results)
+    if not sites:
+        return None
+    tensors = read_tensors(folder / "cosines.safetensors")
+    chosen, paper = result.get("chosen_site"), result.get("paper_site") or FINAL_NORM
+    shown = [site for site in dict.fromkeys((chosen, paper)) if site in results] or sites[-1:]
+    n_fit, n_test = result.get("n_fit"), result.get("n_test")
+    figure = Figure(figsize=(WIDE, 5.0))
+    rows = GridSpec(2, 1, figure=figure, height_ratios=(1.1, 1))
+    upper = rows[0].subgridspec(1, len(shown))
+    data: dict[str, Json] = {"n_fit": n_fit, "n_test": n_test, "chosen_site": chosen,
+                             "paper_peak": list(PAPER_COSINE), "distributions": {}}  # fmt: skip
+    first: Axes | None = None
+    for i, site in enumerate(shown):
+        axes = figure.add_subplot(upper[i], sharey=first)
+        role = " and ".join(
+            words for name, words in ((chosen, "chosen on tune"), (paper, "the paper's"))
+            if site == name
+        )  # fmt: skip
+        data["distributions"][site] = _histogram(axes, site, tensors, results[site])
+        axes.set_title(f"{site}{f' ({role})' if role else ''}")
+        if first is None:
+            first = axes
+            axes.set_ylabel("share of prompts in a bin")
+        else:
+            axes.tick_params(labelleft=False)
+    data["sites"] = {
+        site: {
+            "held_out_mean": estimate(at(results[site], "held_out", "mean"))._asdict(),
+            "in_sample_mean": point(at(results[site], "in_sample", "mean")),
+            "null_q95": point(at(results[site], "null", "q95")),
+            "undefined": is_undefined(results[site]),
+        }
+        for site in sites
+    }
+
+    def column(values: dict[str, Json], axes: Axes, where: Sequence[float], norm: bool) -> None:
+        held = [estimate(value["held_out_mean"]) for value in values.values()]
+        in_sample = [value["in_sample_mean"] for value in values.values()]
+        null = [value["null_q95"] for value in values.values()]
+        axes.axhspan(*PAPER_COSINE, facecolor=PALE, edgecolor="none", zorder=0)
+        axes.plot(where, _gaps(null), color=NULL.colour, ls=NULL.line, marker="_" if norm else "x")
+        axes.plot(where, _gaps(in_sample), color=IN_SAMPLE.colour, ls=IN_SAMPLE.line,
+                  marker=IN_SAMPLE.marker, mfc="white")  # fmt: skip
+        _band(axes, where, held, HELD_OUT, markers=True, hollow=norm)
+
+    panels = _site_axes(figure, rows[1], sites)
+    lows = [v for site in data["sites"].values()
+            for v in (site["held_out_mean"]["low"], site["held_out_mean"]["value"], site["null_q95"])
+            if v is not None]  # fmt: skip
+    for axes, group, norm in panels:
+        column({site: data["sites"][site] for site in group}, axes, _positions(group), norm)
+        _hatch_undefined(axes, group, [is_undefined(results[site]) for site in group])
+    lead = panels[0][0]
+    lead.set_ylim(min(-0.05, *(low - 0.05 for low in lows)) if lows else -0.05, 1.05)
+    lead.set_ylabel("mean cosine with v*")
+    lead.set_title("Mean over prompts, a site")
+    handles: list[Any] = [_line_handle(mark) for mark in reversed(_KINDS.values())]
+    handles.append(Patch(facecolor=PALE, label="the paper's peak, 0.92–0.96"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, columnspacing=1.4)
+    said = "; ".join(
+        f"{site}: held-out mean {interval(at(results[site], 'held_out', 'mean'))}, "
+        f"null 95 % quantile {number(point(at(results[site], 'null', 'q95')))}"
+        if not is_undefined(results[site])
+        else f"{site}: undefined, Δ = 0"
+        for site in shown
+    )
+    data["caption"] = (
+        f"Figure 3. Cosines of displacements with v*, fitted on N = {plural(n_fit, 'prompt')} "
+        f"(in-sample and leave-one-out on these) and held-out on N = {plural(n_test, 'prompt')}, "
+        "with the null of sign-flipped displacements. "
+        f"{_sentence(said)} Below: the held-out mean with its interval at each site, the in-sample "
+        "mean (dotted), and the null's 95 % quantile (dash-dotted); final_norm stands apart "
+        "because it is another quantity than the blocks' outputs."
+    )
+    return Drawing("fig3_cosine", figure, data)
+
+
+def _histogram(
+    axes: Axes, site: str, tensors: dict[str, np.ndarray], result: Json
+) -> dict[str, Json]:
+    """Draw the four distributions of one site; return what was drawn."""
+    axes.axvspan(*PAPER_COSINE, facecolor=PALE, edgecolor="none", zorder=0)
+    axes.set_xlabel("cosine with v*")
+    values: dict[str, np.ndarray] = {}
+    for kind in _KINDS:
+        raw = np.asarray(tensors.get(f"{site}/{kind}", ()), dtype=np.float64).ravel()
+        values[kind] = np.clip(raw[np.isfinite(raw)], -1.0, 1.0)
+    measured = [cosines for cosines in values.values() if cosines.size]
+    if is_undefined(result) or not measured:
+        _say(axes, "undefined: Δ = 0")
+        axes.set_xlim(-1, 1)
+        return {"undefined": True}
+    low = min(0.0, *(float(cosines.min()) for cosines in measured))
+    smallest = min(cosines.size for kind, cosines in values.items() if cosines.size)
+    wanted = (1.0 - low) / min(45, max(8, 2.5 * math.sqrt(smallest)))
+    width = next((w for w in (0.01, 0.02, 0.05, 0.1) if w >= wanted), 0.2)
+    first = math.floor(low / width + 1e-9)
+    edges = np.round(np.arange(first, round(1 / width) + 1) * width, 10)
+    drawn: dict[str, Json] = {"bin_width": width, "edges": edges.tolist()}
+    highest = 0.0
+    for kind, cosines in values.items():
+        if not cosines.size:
+            continue
+        counts, _ = np.histogram(cosines, edges)
+        shares = counts / cosines.size
+        highest = max(highest, float(shares.max()))
+        mark = _KINDS[kind]
+        if kind == "null":
+            axes.stairs(shares, edges, fill=True, facecolor="#efefef", edgecolor=GREY, lw=0,
+                        hatch="....")  # fmt: skip
+            axes.stairs(shares, edges, color=GREY, lw=0.8, ls=mark.line)
+        elif kind == "held_out":
+            axes.stairs(shares, edges, fill=True, color=BLUE, alpha=0.22, lw=0)
+            axes.stairs(shares, edges, color=BLUE, lw=1.5)
+        else:
+            axes.stairs(shares, edges, color=mark.colour, lw=1.3, ls=mark.line)
+        drawn[kind] = {"n": int(cosines.size), "share": shares.tolist(),
+                       "mean": float(cosines.mean())}  # fmt: skip
+    axes.set_xlim(float(edges[0]), 1.0 + width / 2)
+    axes.set_ylim(0, highest * 1.16)
+    text = ", ".join(f"{_KINDS[kind].label.split(' ')[0]} {drawn[kind]['n']:,}"
+                     for kind in ("held_out", "in_sample", "null") if kind in drawn)  # fmt: skip
+    axes.text(0.02, 0.97, f"N: {text}\nbin {width:g}", transform=axes.transAxes, va="top",
+              color=GREY, size=7.5)  # fmt: skip
+    return drawn
+
+
+# ---------------------------------------------------------------------------------- spectrum
+
+_MATRICES = {"base": H_BASE, "tuned": H_TUNED, "delta": DELTA_H}
+_NAMES = {"base": r"$H_\mathrm{base}$", "tuned": r"$H_\mathrm{tuned}$", "delta": r"$\Delta H$"}
+_CENTRINGS = {
+    "uncentred": "Uncentred: shared shift kept",
+    "centred": "Centred: what is left",
+}
+
+
+def fig4a_entropy(result: dict[str, Json], _folder: Path) -> Drawing | None:
+    """Figure 4a: spectral entropy of H_base, H_tuned and ΔH at each site."""
+    results = mapping(result.get("sites"))
+    sites, shown = site_order(results), _centrings(results)
+    if not shown:
+        return None
+    n, d, power = result.get("n"), result.get("d"), result.get("power", 2)
+    limit = math.log(min(n, d)) if real(n) and real(d) else None
+    figure = Figure(figsize=(WIDE, 2.9) if len(shown) > 1 else (COLUMN + 1.2, 2.9))
+    columns = GridSpec(1, len(shown), figure=figure)
+    data: dict[str, Json] = {"n": n, "d": d, "power": power, "limit": limit, "entropy": {}}
+    top, first = 0.0, None
+    for i, centring in enumerate(shown):
+        data["entropy"][centring] = drawn = {
+            matrix: {
+                site: estimate(at(results[site], matrix, centring, "entropy"))._asdict()
+                for site in sites
+            }
+            for matrix in _MATRICES
+        }
+        panels = _site_axes(figure, columns[i], sites, share=first)
+        for axes, group, norm in panels:
+            for j, (matrix, mark) in enumerate(_MATRICES.items()):
+                shift = 0.25 * (j - 1) if norm else 0.0
+                values = [estimate(drawn[matrix][site]) for site in group]
+                where = [x + shift for x in _positions(group)]
+                _band(axes, where, values, mark, markers=True, hollow=norm)
+                top = max([top, *(v.high or v.value or 0.0 for v in values)])
+            _hatch_undefined(axes, group, [is_undefined(results[site]) for site in group], "ΔH ")
+        panels[0][0].set_title(_CENTRINGS[centring])
+        if first is None:
+            first = panels[0][0]
+            first.set_ylabel(f"spectral entropy, p = {power} (nats)")
+        else:
+            panels[0][0].tick_params(labelleft=False)
+    if first is not None:
+        first.set_ylim(0, top * 1.08 or 1)
+    figure.legend(
+        handles=[_line_handle(mark, _NAMES[matrix]) for matrix, mark in _MATRICES.items()],
+        loc="outside upper center",
+        ncols=3,
+        title=_counts(n, d) + (f";  largest possible: ln min(N, d) = {number(limit)} nats"
+                               if limit is not None else ""),
+        title_fontsize=8,
+    )  # fmt: skip
+    data["caption"] = (
+        f"Figure 4a. Spectral entropy (weights σ^{power}, nats) of the states of the base, of the "
+        f"states of the tuned model, and of their difference ΔH, on the same {_counts(n, d)}. Bands "
+        "and bars: bootstrap intervals. Left, uncentred spectra hold the shift that all prompts "
+        "share; right, centred spectra hold only what differs between prompts. final_norm stands "
+        "apart." + _undefined_sentence(results, sites)
+    )
+    return Drawing("fig4a_entropy", figure, data)
+
+
+def fig4b_singular_values(result: dict[str, Json], _folder: Path) -> Drawing | None:
+    """Figure 4b: the largest σ_j/‖·‖_F at each site of H_base, H_tuned and ΔH, on one scale."""
+    results = mapping(result.get("sites"))
+    sites, shown = site_order(results), _centrings(results)
+    depth = max(
+        (
+            len(items(at(results[site], matrix, centring, "top")))
+            for site in sites
+            for matrix in _MATRICES
+            for centring in shown
+        ),
+        default=0,
+    )
+    if not shown or depth == 0:
+        return None
+    n, d = result.get("n"), result.get("d")
+    height = 0.55 + len(_MATRICES) * (0.42 + 0.17 * depth)
+    figure = Figure(figsize=(WIDE, height) if len(shown) > 1 else (COLUMN + 1.6, height))
+    grid = GridSpec(len(_MATRICES), len(shown), figure=figure)
+    shades, scale = colormaps[SHADES], Normalize(0.0, 1.0)
+    data: dict[str, Json] = {"n": n, "d": d, "colour_scale": [0.0, 1.0], "top": {}}
+    all_axes: list[Axes] = []
+    printed = len(sites) <= _PRINTED_SITES
+    for column, centring in enumerate(shown):
+        for row, matrix in enumerate(_MATRICES):
+            values = {site: [real(v) for v in items(at(results[site], matrix, centring, "top"))]
+                      for site in sites}  # fmt: skip
+            data["top"].setdefault(centring, {})[matrix] = values
+            panels = _site_axes(figure, grid[row, column], sites, label=row == len(_MATRICES) - 1)
+            for axes, group, _norm in panels:
+                all_axes.append(axes)
+                for x, site in zip(_positions(group), group, strict=True):
+                    for j in range(depth):
+                        value = values[site][j] if j < len(values[site]) else None
+                        _cell(axes, x, j + 1, None if value is None else shades(scale(value)))
+                        if printed and value is not None:
+                            axes.text(x, j + 1, f"{value:.2f}", ha="center", va="center", size=7,
+                                      color="white" if value > 0.55 else INK)  # fmt: skip
+                axes.set_ylim(depth + 0.5, 0.5)
+                axes.spines[:].set_visible(False)
+                axes.tick_params(length=0)
+            lead = panels[0][0]
+            lead.set_yticks(range(1, depth + 1))
+            lead.set_title(f"{_NAMES[matrix]}, {centring}")
+            if column == 0:
+                lead.set_ylabel("rank j")
+            else:
+                lead.tick_params(labelleft=False)
+    bar = figure.colorbar(ScalarMappable(scale, shades), ax=all_axes, aspect=32, pad=0.015)
+    bar.set_label(r"$\sigma_j\,/\,\Vert\cdot\Vert_F$")
+    bar.outline.set_linewidth(0.5)  # type: ignore[operator]
+    undefined = [site for site in sites if is_undefined(results[site])]
+    hatched = f" Hatched: undefined, Δ = 0 ({', '.join(undefined)})." if undefined else ""
+    data["caption"] = (
+        f"Figure 4b. The {depth} largest singular values over the Frobenius norm, σ_j/‖·‖_F, at "
+        f"each site, of H_base, H_tuned and ΔH, on one colour scale ({_counts(n, d)}). The squares "
+        f"of all of a matrix's values sum to 1. final_norm stands apart.{hatched}"
+    )
+    return Drawing("fig4b_singular_values", figure, data)
+
+
+def _cell(axes: Axes, x: float, y: float, colour: Any) -> None:
+    if colour is None:
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="white", edgecolor=GREY,
+                                 hatch="////", lw=0))  # fmt: skip
+    else:
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white",
+                                 lw=0.5))  # fmt: skip
+
+
+def _centrings(results: dict[str, Json]) -> list[str]:
+    """The centrings that a result holds."""
+    return [
+        centring
+        for centring in _CENTRINGS
+        if any(at(site, matrix, centring) for site in results.values() for matrix in _MATRICES)
+    ]
+
+
+def _counts(n: Json, d: Json) -> str:
+    return f"N = {plural(n, 'prompt')}, d = {number(real(d), 4)}"
+
+
+def _undefined_sentence(results: dict[str, Json], sites: Sequence[str]) -> str:
+    undefined = [site for site in sites if is_undefined(results[site])]
+    return f" Undefined for ΔH, where Δ = 0: {', '.join(undefined)}." if undefined else ""
+
+
+# ---------------------------------------------------------------------------------- parts
+
+
+def _site_axes(
+    figure: Figure,
+    place: SubplotSpec,
+    sites: Sequence[str],
+    *,
+    share: Axes | None = None,
+    label: bool = True,
+) -> list[tuple[Axes, list[str], bool]]:
+    """Axes for the blocks and, apart from them, for the other sites: (axes, sites, whether apart).
+
+    The blocks are a curve over depth. ``final_norm`` is another quantity: it gets its own narrow
+    axes and is never joined to the curve.
+    """
+    blocks = [site for site in sites if block(site) is not None]
+    others = [site for site in sites if block(site) is None]
+    groups = [(group, norm) for group, norm in ((blocks, False), (others, True)) if group]
+    span = (_positions(blocks)[-1] - _positions(blocks)[0] + 1) if blocks else 0.0
+    widths = [span if not norm else max(1.0 * len(group), 0.13 * span) for group, norm in groups]
+    inner = place.subgridspec(1, len(groups), width_ratios=widths, wspace=0.03)
+    panels: list[tuple[Axes, list[str], bool]] = []
+    for i, (group, norm) in enumerate(groups):
+        axes = figure.add_subplot(inner[i], sharey=panels[0][0] if panels else share)
+        where = _positions(group)
+        axes.set_xlim(where[0] - 0.5, where[-1] + 0.5)
+        if norm:
+            axes.set_xticks(where, group)
+        elif len(group) <= _PRINTED_SITES:
+            axes.set_xticks(where, [f"{x:g}" for x in where])
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+        if not label:
+            axes.tick_params(labelbottom=False)
+        elif not norm:
+            axes.set_xlabel("block k (resid_post.k)")
+        if panels:
+            axes.tick_params(labelleft=False)
+        panels.append((axes, list(group), norm))
+    return panels
+
+
+def _positions(group: Sequence[str]) -> list[float]:
+    """x of each site: k of a block, else its place in the group."""
+    return [float(k) if (k := block(site)) is not None else float(i)
+            for i, site in enumerate(group)]  # fmt: skip
+
+
+def _hatch_undefined(
+    axes: Axes, group: Sequence[str], undefined: Sequence[bool], what: str = ""
+) -> None:
+    """Hatch the sites where nothing is defined, and say so once a run of them."""
+    where = _positions(group)
+    start: float | None = None
+    for i, x in enumerate(where):
+        if undefined[i] and start is None:
+            start = x
+        if start is not None and (i + 1 == len(where) or not undefined[i + 1]):
+            axes.axvspan(start - 0.5, x + 0.5, facecolor="none", edgecolor=PALE, hatch="////", lw=0,
+                         zorder=0)  # fmt: skip
+            axes.text((start + x) / 2, 0.5, f"{what}undefined: Δ = 0", rotation=90, ha="center",
+                      va="center", color=GREY, transform=axes.get_xaxis_transform(),
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
+            start = None
+
+
+def _band(
+    axes: Axes,
+    where: Sequence[float | None],
+    values: Sequence[Any],
+    mark: Mark,
+    *,
+    markers: bool = False,
+    hollow: bool = False,
+) -> Any:
+    """A curve with its interval: a band, and error bars where there are few points."""
+    middle = _gaps([value.value for value in values])
+    low = _gaps([value.low for value in values])
+    high = _gaps([value.high for value in values])
+    x = _gaps(list(where))
+    axes.fill_between(x, low, high, color=mark.colour, alpha=0.18, lw=0)
+    if len(x) <= _PRINTED_SITES:
+        bars = _bars(middle, low, high)
+        axes.errorbar(x, middle, yerr=bars, fmt="none", ecolor=mark.colour, elinewidth=0.9,
+                      capsize=2)  # fmt: skip
+    return axes.plot(
+        x, middle, color=mark.colour, ls=mark.line, marker=mark.marker if markers else "",
+        mfc="white" if hollow else mark.colour, label=mark.label, zorder=3,
+    )[0]  # fmt: skip
+
+
+def _bars(middle: Any, low: Any, high: Any) -> np.ndarray:
+    """Lengths of error bars; none where a bound is undefined."""
+    centre = _gaps(list(middle))
+    lengths = np.stack([centre - _gaps(list(low)), _gaps(list(high)) - centre])
+    return np.maximum(np.nan_to_num(lengths), 0.0)
+
+
+def _gaps(values: Sequence[float | None]) -> np.ndarray:
+    """Floats with NaN, which matplotlib leaves out, where a value is undefined."""
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _series(points: Json, x: str, y: str) -> tuple[list[float], list[float | None]]:
+    """Two columns of a list of points, those without x left out."""
+    kept = [(at(p, x), real(at(p, y))) for p in items(points) if real(at(p, x)) is not None]
+    return [a for a, _ in kept], [b for _, b in kept]
+
+
+def _plotted(shown: dict[str, Json], key: str) -> list[float | None]:
+    return [v for name in ("train", "heldout") for v in at(shown, name, key) or []]
+
+
+def _line_handle(mark: Mark, label: str | None = None) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=mark.colour, ls=mark.line, marker=mark.marker,
+                  label=label or mark.label)  # fmt: skip
+
+
+def _line_label(axes: Axes, y: float, words: str, colour: str) -> None:
+    """Name a horizontal reference line, at its right end, just above it."""
+    axes.annotate(words, (0.99, y), xycoords=axes.get_yaxis_transform(), xytext=(0, 1.5),
+                  textcoords="offset points", ha="right", va="bottom", color=colour, size=7.5,
+                  zorder=6)  # fmt: skip
+
+
+def _say(axes: Axes, words: str) -> None:
+    """Words in place of a curve that can't be drawn."""
+    axes.patch.set(hatch="////", edgecolor=PALE)
+    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", color=INK,
+              bbox={"facecolor": "white", "edgecolor": "none", "pad": 3})  # fmt: skip
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+FIGURES: dict[str, dict[str, Draw]] = {
+    "base": {"learning_curve": base_learning_curve},
+    "dpo": {"learning_curve": dpo_learning_curve},
+    "vector": {"kl_recovery": kl_recovery, "convergence": convergence},
+    "cosine": {"fig3_cosine": fig3_cosine},
+    "spectrum": {"fig4a_entropy": fig4a_entropy, "fig4b_singular_values": fig4b_singular_values},
+}
+"""The figures of each stage, by file name, in the order of the report."""

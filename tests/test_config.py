@@ -1,0 +1,146 @@
+"""Pipelines: strict keys, all mistakes at once, overrides, shipped files, schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsteer.config import (
+    PipelineConfig,
+    find_pipeline,
+    json_schema,
+    read_pipeline,
+    select,
+    shipped_folder,
+    shipped_pipelines,
+)
+from dsteer.errors import ConfigError
+
+MINIMAL = "name: x\ndata: {sources: [{format: synthetic}]}\n"
+TRAINED = MINIMAL + "base: {}\ndpo: {}\nactivations: {}\n"
+
+
+@pytest.mark.parametrize("name", shipped_pipelines())
+def test_shipped_pipelines_are_valid(name: str) -> None:
+    path = find_pipeline(name)
+    text = path.read_text(encoding="utf-8")
+    config = read_pipeline(text, origin=path.name)
+    assert config.name == name
+    assert config.description
+    assert f"dsteer run {name}" in text, "a shipped pipeline opens with the command that runs it"
+
+
+def test_shipped_set() -> None:
+    expected = {"tiny", "hh-tiny", "smollm2-135m-hh", "llama2-7b-paper", "tulu3-8b"}
+    assert expected <= set(shipped_pipelines())
+
+
+def test_schema_in_step() -> None:
+    committed = json.loads((shipped_folder() / "schema.json").read_text(encoding="utf-8"))
+    assert committed == json_schema(), "run `make schema`"
+
+
+def test_all_mistakes_at_once_with_paths() -> None:
+    text = """
+name: x
+data: {sources: [{format: synthetic, conversatons: 3}], splits: {fitt: 3}}
+base: {model: {hiden_size: 64}, steps: 0}
+dop: {}
+"""
+    with pytest.raises(ConfigError) as caught:
+        read_pipeline(text, origin="mine.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "mine.yaml: 5 mistakes"
+    text = "\n".join(lines)
+    assert "data.sources.0.conversatons: unknown key; did you mean 'conversations'?" in text
+    assert "data.splits.fitt: unknown key; did you mean 'fit'?" in text
+    assert "base.model.hiden_size: unknown key; did you mean 'hidden_size'?" in text
+    assert "base.steps: input should be greater than 0 (got 0)" in text
+    assert "dop: unknown key; did you mean 'dpo'?" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dpo.betta=1", "dpo.betta: unknown key; did you mean 'beta'?"),
+        ("dpo.beta=-1", "dpo.beta: input should be greater than 0 (got -1)"),
+        ("dpo.beta=much", "dpo.beta: input should be a valid number"),
+        ("dpo.freeze=all", "dpo.freeze: input should be 'none', 'input', 'output' or 'both'"),
+        ("dpo.beta", "expected key.path=value"),
+        ("data.sources.7.path=x", "data.sources is a list of 1"),
+        ("seed.x=1", "seed is 0, which has no keys"),
+        ("name=a b", "name: string should match pattern"),
+        ("base.model.num_attention_heads=3", "not a multiple of num_attention_heads 3"),
+        ("vector={strengths: [1, 0, 2]}", "in rising order"),
+        ("data.sources=[]", "data.sources: tuple should have at least 1 item"),
+        ("data.sources.0.format=csv", "data.sources.0"),
+        ("models.base=some/model", "models.base and base are both given"),
+        ("models.tuned=some/model", "models.tuned and dpo are both given"),
+    ],
+)
+def test_bad_override(override: str, message: str) -> None:
+    text = TRAINED.replace("name: x\n", "name: x\nseed: 0\n")
+    with pytest.raises(ConfigError) as caught:
+        read_pipeline(text, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value), "one mistake is one line"
+
+
+def test_overrides_reach_sections_and_lists() -> None:
+    config = read_pipeline(TRAINED, ["dpo.beta=0.5", "data.sources.0.conversations=77", "seed=3"])
+    assert config.dpo is not None
+    assert config.dpo.beta == 0.5
+    assert config.data.sources[0].conversations == 77  # type: ignore[union-attr]
+    assert config.seed == 3
+    assert read_pipeline(TRAINED, ["activations=null"]).activations is None
+    assert read_pipeline(MINIMAL + "base:\ndpo:\n").dpo is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "expected a mapping"),
+        ("name: [x\n", "line 2"),
+        ("name: x\n", "data: required"),
+        (MINIMAL + "activations: {}\n", "activations need a pair"),
+        (MINIMAL + "dpo: {}\n", "dpo needs a base"),
+        (MINIMAL.replace("synthetic", "prompts, path: a, use: [train]"), "leave 'train' out"),
+    ],
+)  # fmt: skip
+def test_bad_pipeline(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        read_pipeline(text)
+
+
+def test_unknown_pipeline() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'tiny'"):
+        find_pipeline("tinny")
+    with pytest.raises(ConfigError, match="no such file"):
+        find_pipeline("nowhere/mine.yaml")
+
+
+def test_a_local_file_beats_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(MINIMAL, encoding="utf-8")
+    assert find_pipeline("mine.yaml") == Path("mine.yaml")
+
+
+def test_select_takes_what_a_stage_reads() -> None:
+    config = read_pipeline(TRAINED)
+    assert select(config, ("seed", "models.device")) == {"seed": 0, "models.device": "auto"}
+    assert select(config, ("vector",)) == {"vector": None}
+
+
+def test_seeds_differ_by_purpose_and_repeat() -> None:
+    config = read_pipeline(TRAINED)
+    assert config.seed_for("dpo") == config.seed_for("dpo") != config.seed_for("base")
+    other = read_pipeline(TRAINED, ["seed=1"])
+    assert config.seed_for("dpo") != other.seed_for("dpo")
+
+
+def test_configs_are_frozen() -> None:
+    config: PipelineConfig = read_pipeline(TRAINED)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
