@@ -204,9 +204,10 @@ def looks_like_hub_id(path: str) -> bool:
 
 def _hub_commit(repo: str, revision: str, kind: str) -> str | None:
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    with contextlib.suppress(HfHubHTTPError, OfflineModeIsEnabled, OSError):
+    # Offline, unreachable, gated, no such repository: each HTTP client has its own exceptions for
+    # these, and here they all mean the same: ask the cache.
+    with contextlib.suppress(Exception):
         info = HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=10)
         if info.sha:
             return str(info.sha)
@@ -267,6 +268,8 @@ class StageFolder:
         """Make the folder ready: keep partial work of this fingerprint, clear all else."""
         if self.state(fingerprint) != "partial":
             self.clear()
+        for leftover in self.path.rglob("*.tmp"):  # of a writer that was killed
+            leftover.unlink()
         write_json(self._partial, {"fingerprint": fingerprint})
 
     def clear(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 from dsteer.data.tables import Row
 from dsteer.data.transcript import ASSISTANT, conversation_key, parse_turns
@@ -60,7 +61,8 @@ def _roles(row: Row, name: str, text: str) -> list[Role | None]:
     preamble, turns = parse_turns(text)
     if not turns:
         raise row.error(
-            f"{name!r} is no dialogue: expected '\\n\\nHuman: …\\n\\nAssistant: …', got {text[:40]!r}"
+            f"{name!r} is no dialogue: expected '\\n\\nHuman: …\\n\\nAssistant: …', "
+            f"got {text[:40]!r}"
         )
     roles: list[Role | None] = [role for role, _ in turns]
     return [None, *roles] if preamble else roles
@@ -75,7 +77,7 @@ def _why_not(
         return "last_turn_not_assistant"
     if roles != other or not rejected.startswith(prompt):
         return "prompts_differ"
-    if any(a == b for a, b in zip(roles, roles[1:], strict=False)):
+    if any(a == b for a, b in pairwise(roles)):
         return "roles_do_not_alternate"
     answers = chosen[len(prompt) :], rejected[len(prompt) :]
     if not all(answer.strip() for answer in answers):

@@ -18,7 +18,7 @@ def read_preferences(rows: Iterable[Row]) -> Iterator[PreferencePair | str]:
     - text: all three columns are text, and prompt + chosen is the whole text;
     - messages: ``prompt`` a list, ``chosen`` and ``rejected`` each a list of one answer;
     - implicit prompt: ``chosen`` and ``rejected`` are whole conversations that share all but their
-      last message; a ``prompt`` text beside them must be their last user message.
+      last message; a ``prompt`` text beside them must be one of their messages.
 
     Of a pair with messages the prompt is the message list and an answer is its content.
 
@@ -50,7 +50,8 @@ def _parse(row: Row) -> PreferencePair | str:
         prompt, chosen, rejected = _from_text(row)
     if isinstance(prompt, str) and not (prompt + chosen + rejected).strip():
         raise row.error("empty; expected a prompt and two answers")
-    if not all((turn if isinstance(turn, str) else turn["content"]).strip() for turn in prompt[-1:]):
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    if not asked.strip():
         return "empty_prompt"
     if not (chosen.strip() and rejected.strip()):
         return "empty_answer"
@@ -86,8 +87,10 @@ def _from_messages(row: Row) -> tuple[Prompt, str, str] | str:
     if prompt is not None:
         if len(chosen) != 1 or len(rejected) != 1:
             return "answer_not_one_message"
-    elif len(chosen) < 2 or len(rejected) < 2:
-        raise row.error("no prompt: give a column 'prompt', or whole conversations as answers")
+    elif len(chosen) == len(rejected) == 1:
+        raise row.error("no prompt: give it as a list of messages, as the answers are")
+    elif not (chosen and rejected):
+        return "answer_not_one_message"
     if not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
         return "last_turn_not_assistant"
     if prompt is None:
@@ -96,8 +99,8 @@ def _from_messages(row: Row) -> tuple[Prompt, str, str] | str:
             return "prompts_differ"
     if not prompt or prompt[-1]["role"] != "user":
         return "last_prompt_turn_not_user"
-    if given is not None and given is not row.columns and isinstance(given, str):
-        pass
+    if isinstance(given, str) and not any(given == message["content"] for message in prompt):
+        raise row.error("'prompt' is none of the messages of 'chosen'")
     return prompt, chosen[-1]["content"], rejected[-1]["content"]
 
 

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from dsteer.errors import DataError
 from dsteer.store import looks_like_hub_id
 
 KINDS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".txt", ".txt.gz", ".parquet")
+
+_SPLIT_WORDS = {"train", "test", "validation", "valid", "dev", "eval"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,8 @@ def read_rows(
     """Yield the rows of a local file, a local folder or a hub dataset.
 
     Args:
-        path: a file; a folder, of which the files named after ``split`` are read (in its subfolder
-            ``subset`` if there is one); or a hub id.
+        path: a file; a folder (or its subfolder ``subset``, if there is one), of which the files
+            named after ``split`` are read, and all where none is named after a split; or a hub id.
         subset: configuration of the hub dataset, or its folder.
         subset_is_folder: which of the two ``subset`` means on the hub.
         split: split of the hub dataset. A single local file is read whole, whatever its split.
@@ -84,9 +86,10 @@ def read_rows(
     Raises:
         DataError: nothing is there, it can't be read, or it holds no row.
     """
+    rows: Iterator[Row]
     local = Path(path).expanduser()
     if local.is_dir():
-        rows = (row for file in _files(local, subset, split) for row in _read_file(file))
+        rows = chain.from_iterable(map(_read_file, _files(local, subset, split)))
     elif local.exists():
         rows = _read_file(local)
     elif path.endswith((*KINDS, ".json", ".zip", ".gz")) or not looks_like_hub_id(path):
@@ -105,14 +108,17 @@ def _files(folder: Path, subset: str | None, split: str) -> list[Path]:
     if subset and (folder / subset).is_dir():
         folder = folder / subset
     found = sorted(item for item in folder.iterdir() if item.name.endswith(KINDS))
-    named = [item for item in found if split in re.split("[^a-z]+", item.name.lower())]
-    if not named and len(found) != 1:
+    words = {item: set(re.split("[^a-z]+", item.name.lower())) for item in found}
+    if found and not any(words[item] & _SPLIT_WORDS for item in found):
+        return found
+    named = [item for item in found if split in words[item]]
+    if not named:
         names = ", ".join(item.name for item in found) or "no data file"
         raise DataError(
             f"{folder}: no file named after the split {split!r}; found {names[:200]}; "
             "name the file itself"
         )
-    return named or found
+    return named
 
 
 def _read_file(path: Path) -> Iterator[Row]:
@@ -174,10 +180,17 @@ def _read_hub(
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
+    _check_connection(path)
     where = {"data_dir" if subset_is_folder else "name": subset}
     try:
         table = datasets.load_dataset(path, split=split, revision=revision, **where)
-    except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
+    except (
+        datasets.exceptions.DatasetsError,
+        HfHubHTTPError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         named = f"{path!r}" + (f" (subset {subset!r})" if subset else "")
         raise DataError(
             f"{named}: no such local path, and the hub gives no split {split!r} of a dataset of "
@@ -185,6 +198,26 @@ def _read_hub(
         ) from None
     for index, columns in enumerate(table):
         yield Row(columns, path, index, f"{path} row {index + 1}")
+
+
+def _check_connection(path: str) -> None:
+    """Fail at once where there is no network, rather than after many retries.
+
+    Raises:
+        DataError: the hub can't be reached, and HF_HUB_OFFLINE doesn't say that this is known.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().dataset_info(path, timeout=10)
+    except (HfHubHTTPError, OfflineModeIsEnabled):
+        return  # load_dataset tells what is wrong, or has a cached copy
+    except Exception as error:  # noqa: BLE001  # those of the HTTP library, which are its own
+        raise DataError(
+            f"{path!r}: no such local path, and the hub can't be reached ({_first_line(error)}); "
+            "check the name and the network, or set HF_HUB_OFFLINE=1 to use a cached copy"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:
