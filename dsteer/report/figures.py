@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec, SubplotSpec
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from dsteer.report.style import (
     BLUE,
@@ -48,6 +51,7 @@ from dsteer.report.values import (
     FINAL_NORM,
     at,
     block,
+    count,
     estimate,
     interval,
     is_undefined,
@@ -65,6 +69,17 @@ Draw = Callable[[dict[str, Json], Path], Drawing | None]
 
 PAPER_COSINE = (0.92, 0.96)
 """Where the paper's cosines peak (arXiv:2512.11838, Fig. 3)."""
+
+_PAPER_BAND: dict[str, Any] = {"facecolor": PALE, "edgecolor": GREY, "lw": 0.8, "ls": ":"}
+
+_CURVES: tuple[tuple[Any, str], ...] = (
+    ("-", "o"),
+    ("--", "s"),
+    ("-.", "v"),
+    (":", "^"),
+    ((0, (5, 1, 1, 1, 1, 1)), "P"),
+)
+"""Line and marker of the curves that one panel tells apart."""
 
 _PRINTED_SITES = 12
 """Up to so many sites, heat maps print the value in each cell and curves have error bars."""
@@ -115,7 +130,7 @@ def base_learning_curve(result: dict[str, Json], _folder: Path) -> Drawing | Non
     uniform = math.log(vocabulary) if vocabulary else None
     figure = Figure(figsize=(COLUMN + 1.0, 2.5))
     axes = figure.add_subplot()
-    axes.plot(steps, losses, color=BLUE, label="train")
+    axes.plot(steps, _gaps(losses), color=BLUE, label="train")
     if heldout is not None:
         axes.axhline(heldout, color=VERMILLION, ls="--", lw=1.1)
         _line_label(axes, heldout, f"held-out, at the end: {number(heldout)}", VERMILLION)
@@ -124,7 +139,7 @@ def base_learning_curve(result: dict[str, Json], _folder: Path) -> Drawing | Non
         _line_label(axes, uniform, f"uniform guess: ln V = {number(uniform)}", GREY)
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (nats a token)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * max(v for v in (*losses, heldout, uniform) if v is not None))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     tokens = result.get("tokens_seen")
     seen = f", {plural(tokens, 'token')} seen" if tokens is not None else ""
@@ -152,15 +167,13 @@ def dpo_learning_curve(result: dict[str, Json], _folder: Path) -> Drawing | None
     panels = (
         ("loss", "DPO loss (nats)", math.log(2), "ln 2: no preference learned"),
         ("reward_accuracy", "reward accuracy", 0.5, "chance"),
-        ("reward_margin", "reward margin (nats)", 0.0, "no margin"),
+        ("reward_margin", "reward margin (nats × β)", 0.0, "no margin"),
     )
     figure = Figure(figsize=(WIDE, 2.6))
     n = at(result, "test", "n")
     data: dict[str, Json] = {"n_test": n, "panels": {}}
     handles: dict[str, Any] = {}
-    for axes, (key, label, reference, words) in zip(
-        figure.subplots(1, 3), panels, strict=True
-    ):
+    for axes, (key, label, reference, words) in zip(figure.subplots(1, 3), panels, strict=True):
         shown: dict[str, Json] = {"reference": reference}
         last = 0.0
         for name, mark in (("train", TRAIN), ("heldout", HELD_OUT_PAIRS)):
@@ -171,16 +184,27 @@ def dpo_learning_curve(result: dict[str, Json], _folder: Path) -> Drawing | None
             last = max(last, *steps)
             marker = mark.marker if len(steps) <= 40 else ""
             handles[f"{mark.label} pairs"] = axes.plot(
-                steps, values, color=mark.colour, ls=mark.line, marker=marker,
+                steps,
+                values,
+                color=mark.colour,
+                ls=mark.line,
+                marker=marker,
                 lw=1.0 if name == "train" else 1.5,
-            )[0]  # fmt: skip
+            )[0]
         test = estimate(at(result, "test", key))
         if test.value is not None:
             shown["test"] = {"step": last, **test._asdict()}
             handles["test pairs, at the end"] = axes.errorbar(
-                [last], [test.value], yerr=_bars([test.value], [test.low], [test.high]),
-                fmt="D", ms=5, mfc="white", color=INK, capsize=2.5, zorder=5,
-            )  # fmt: skip
+                [last],
+                [test.value],
+                yerr=_bars([test.value], [test.low], [test.high]),
+                fmt="D",
+                ms=5,
+                mfc="white",
+                color=INK,
+                capsize=2.5,
+                zorder=5,
+            )
         axes.axhline(reference, color=GREY, ls=":", lw=1)
         axes.set_xlabel("training step")
         axes.set_title(label)
@@ -188,11 +212,11 @@ def dpo_learning_curve(result: dict[str, Json], _folder: Path) -> Drawing | None
         if key == "reward_accuracy":
             low = min([0.5, *(v for v in _plotted(shown, key) if v is not None)])
             axes.set_ylim(min(0.4, low - 0.05), 1.02)
+        else:
+            axes.margins(y=0.12)
         _line_label(axes, reference, words, GREY)
         data["panels"][key] = shown
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles)
-    )
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
     ends = [
         f"{label} {interval(at(result, 'test', key))}"
         for key, label in (("reward_accuracy", "reward accuracy"), ("reward_margin", "margin"))
@@ -210,150 +234,192 @@ def dpo_learning_curve(result: dict[str, Json], _folder: Path) -> Drawing | None
 # ---------------------------------------------------------------------------------- vector
 
 
+_TOKENS = {
+    "first_token": ("First response token", "prompt"),
+    "response": ("All response tokens", "token"),
+}
+"""Panels of the KL curve, and what N counts in each."""
+
+
 def kl_recovery(result: dict[str, Json], _folder: Path) -> Drawing | None:
     """Share of KL(tuned‖base) that adding λv* at final_norm recovers, over λ."""
-    titles = {"first_token": "First response token", "response": "All response tokens"}
     measured = {
         key: mapping(at(result, "kl_recovery", key))
-        for key in titles
-        if items(at(result, "kl_recovery", key, "strengths"))
+        for key in _TOKENS
+        if any(real(s) is not None for s in items(at(result, "kl_recovery", key, "strengths")))
     }
     if not measured:
         return None
-    width = WIDE if len(measured) > 1 else COLUMN + 1.2
-    figure = Figure(figsize=(width, 3.1))
+    figure = Figure(figsize=(WIDE if len(measured) > 1 else COLUMN + 1.2, 3.1))
     grid = figure.subplots(1, len(measured), squeeze=False, sharey=True)[0]
-    data: dict[str, Json] = {"panels": {}}
-    lowest = min(
-        (
-            point(value) or 0.0
-            for panel in measured.values()
-            for value in items(panel.get("recovered"))
-        ),
-        default=0.0,
-    )
-    floor = max(lowest, -1.0)
+    shares = [point(v) for panel in measured.values() for v in items(panel.get("recovered"))]
+    floor = max(-1.0, min([0.0, *(share for share in shares if share is not None)]))
     handles: dict[str, Any] = {}
+    data: dict[str, Json] = {"panels": {}}
     said = []
     for axes, (key, panel) in zip(grid, measured.items(), strict=True):
-        strengths = [real(value) for value in items(panel.get("strengths"))]
-        values = [estimate(value) for value in items(panel.get("recovered"))]
-        handles["share recovered"] = _band(axes, strengths, values, HELD_OUT, markers=True)
-        below = [
-            s
-            for s, v in zip(strengths, values, strict=False)
-            if v.value is not None and v.value < floor
-        ]
-        if below:
-            handles["below the axis"] = axes.plot(
-                below, [floor] * len(below), ls="", marker="v", color=BLUE, mfc="white",
-                clip_on=False, zorder=5,
-            )[0]  # fmt: skip
-        for y, words in ((0.0, "0: as far as the base"), (1.0, "1: equals the tuned model")):
-            axes.axhline(y, color=GREY, ls=":", lw=1)
-            _line_label(axes, y, words, GREY)
-        for name, label, colour, line in (
-            ("optimal_strength", "λ of least KL", GREEN, "-"),
-            ("least_squares_strength", "λ of least squares", VERMILLION, "--"),
-        ):
-            best = estimate(panel.get(name))
-            if best.value is None:
-                continue
-            handles[label] = axes.axvline(best.value, color=colour, ls=line, lw=1.2)
-            if best.low is not None and best.high is not None:
-                axes.axvspan(best.low, best.high, color=colour, alpha=0.18, lw=0)
-        if all(value.value is None for value in values):
-            _say(axes, "undefined: the tuned model\nequals the base here")
-        n = panel.get("n")
-        axes.set_title(f"{titles[key]}  (N = {plural(n, 'prompt')})" if n else titles[key])
-        axes.set_xlabel("strength λ (units of v*)")
-        data["panels"][key] = {
-            "n": n,
-            "strengths": strengths,
-            "recovered": [value._asdict() for value in values],
-            "optimal_strength": panel.get("optimal_strength"),
-            "least_squares_strength": panel.get("least_squares_strength"),
-            "off_scale_strengths": below,
-        }
+        title, unit = _TOKENS[key]
+        data["panels"][key] = _kl_panel(axes, panel, floor, handles)
+        axes.set_title(f"{title}  (N = {plural(panel.get('n'), unit)})")
         said.append(
-            f"{titles[key].lower()}: KL(tuned‖base) {number(point(panel.get('kl_tuned_base')))} "
-            f"nats, least KL at λ = {interval(panel.get('optimal_strength'))}"
+            f"{title.lower()}: KL(tuned‖base) = {number(point(panel.get('kl_tuned_base')))} nats, "
+            f"least KL at λ = {interval(panel.get('optimal_strength'))}"
         )
     grid[0].set_ylim(floor - 0.06 * (1.15 - floor), 1.15)
     grid[0].set_ylabel("share of KL(tuned‖base) recovered")
     figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles)
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=3 if len(measured) > 1 else 2,
+        columnspacing=1.4,
     )
     data["caption"] = (
-        "Share of KL(tuned‖base) that adding λv* to the base at final_norm recovers, over the "
-        "strength λ (0: no better than the base, 1: equal to the tuned model; below 0: farther "
-        f"from the tuned model than the base is). {_sentence('; '.join(said))} Vertical lines: the "
-        "best strengths, shaded by their intervals."
+        "Share of KL(tuned‖base) that adding λv* to the base at final_norm recovers on test "
+        "prompts, over the strength λ (0: no better than the base, 1: equal to the tuned model, "
+        f"below 0: farther from it than the base is). {_sentence('; '.join(said))} Vertical lines: "
+        "the best strengths, shaded by their intervals. Diamond: the share at the strength that "
+        "was chosen on tune prompts."
     )
     return Drawing("kl_recovery", figure, data)
 
 
+def _kl_panel(
+    axes: Axes, panel: dict[str, Json], floor: float, handles: dict[str, Any]
+) -> dict[str, Json]:
+    """Draw one KL curve, adding to the legend's handles; return what was drawn."""
+    strengths = [real(value) for value in items(panel.get("strengths"))]
+    values = [estimate(value) for value in items(panel.get("recovered"))]
+    known = [strength for strength in strengths if strength is not None]
+    pad = 0.04 * (max(known) - min(known)) or 0.5
+    left, right = min(known) - pad, max(known) + pad
+    axes.set_xlim(left, right)
+    axes.set_xlabel("strength λ (units of v*)")
+    for y, words in ((0.0, "0: as far as the base"), (1.0, "1: equals the tuned model")):
+        axes.axhline(y, color=GREY, ls=":", lw=1)
+        _line_label(axes, y, words, GREY, "left")
+    drawn: dict[str, Json] = {
+        "n": panel.get("n"),
+        "strengths": strengths,
+        "recovered": [value._asdict() for value in values],
+    }
+    if all(value.value is None for value in values):
+        reason = str(panel.get("undefined") or "the tuned model equals the base here")
+        _say(axes, "undefined:\n" + "\n".join(wrap(reason, 38)))
+        return drawn
+    handles["share recovered"] = _band(axes, strengths, values, HELD_OUT, markers=True)
+    below = [
+        strength
+        for strength, share in zip(strengths, values, strict=True)
+        if share.value is not None and share.value < floor
+    ]
+    if below:
+        edge = [floor] * len(below)
+        handles["below the scale"] = axes.plot(
+            _gaps(below), edge, ls="", marker="v", color=BLUE, mfc="white", zorder=5
+        )[0]
+    drawn["off_scale_strengths"] = below
+    for name, label, colour, line in (
+        ("optimal_strength", "λ of least KL", GREEN, "-"),
+        ("least_squares_strength", "λ of least squares", VERMILLION, "--"),
+    ):
+        best = estimate(panel.get(name))
+        drawn[name] = best._asdict()
+        if best.value is None or not left < best.value < right:
+            continue
+        handles[label] = axes.axvline(best.value, color=colour, ls=line, lw=1.2)
+        if best.low is not None and best.high is not None:
+            axes.axvspan(best.low, best.high, color=colour, alpha=0.18, lw=0)
+    chosen, share = real(panel.get("chosen_strength")), estimate(panel.get("recovered_at_chosen"))
+    drawn["chosen"] = {"strength": chosen, **share._asdict()}
+    if chosen is not None and share.value is not None and left < chosen < right:
+        handles["at the λ chosen on tune"] = axes.errorbar(
+            [chosen],
+            [share.value],
+            yerr=_bars([share.value], [share.low], [share.high]),
+            fmt="D",
+            ms=5.5,
+            mfc="white",
+            color=INK,
+            capsize=2.5,
+            zorder=6,
+        )
+    return drawn
+
+
 def convergence(result: dict[str, Json], _folder: Path) -> Drawing | None:
-    """Cosine between the v* of two disjoint halves, over the size of a half."""
+    """Cosine between the v of two disjoint samples of prompts, over the size of a sample."""
     curves = mapping(result.get("convergence"))
-    sites = [site for site in site_order(curves) if items(curves[site])]
-    if not sites:
+    if not curves:
         return None
-    blocks = [site for site in sites if site != FINAL_NORM]
-    defined = [s for s in blocks if any(point(at(p, "cosine")) is not None for p in curves[s])]
-    if len(defined) <= 6:
-        named = defined
-    else:
-        picks = np.linspace(0, len(defined) - 1, 5).round().astype(int)
+    points = {
+        site: [p for p in items(curves[site]) if point(at(p, "cosine")) is not None]
+        for site in site_order(curves)
+    }
+    defined = [site for site in points if points[site] and site != FINAL_NORM]
+    named = defined
+    if len(defined) > len(_CURVES):
+        picks = np.linspace(0, len(defined) - 1, len(_CURVES)).round().astype(int)
         named = [defined[i] for i in picks]
     figure = Figure(figsize=(COLUMN + 1.6, 2.8))
     axes = figure.add_subplot()
-    shades = colormaps["viridis"](np.linspace(0.0, 0.85, max(len(named), 1)))
-    lines = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
-    marks = "osv^Pd"
+    shades = colormaps["viridis"](np.linspace(0.0, 0.75, max(len(named), 1)))
     lowest, sizes = 1.0, set[float]()
-    for site in sites:
-        steps, values = _series(curves[site], "n", "cosine")
-        lows = [real(at(p, "low")) for p in curves[site]]
-        highs = [real(at(p, "high")) for p in curves[site]]
-        shown = [v for v in values if v is not None]
-        if not shown:
-            continue
-        lowest, sizes = min(lowest, *shown), sizes | set(steps)
-        estimates = [estimate({"value": v, "low": lo, "high": hi})
-                     for v, lo, hi in zip(values, lows, highs, strict=True)]  # fmt: skip
-        if site == FINAL_NORM:
-            _band(axes, steps, estimates, Mark(site, INK, "-", "D"), markers=True, hollow=True)
-        elif site in named:
+    for site, drawn in points.items():
+        steps, values = _series(drawn, "n", "cosine")
+        sizes |= set(steps)
+        if site in named:
             i = named.index(site)
-            _band(axes, steps, estimates, Mark(site, shades[i], lines[i], marks[i]), markers=True)
+            colour, fill, (line, marker) = shades[i], shades[i], _CURVES[i]
+        elif site == FINAL_NORM:
+            i, colour, fill, line, marker = len(named), INK, "white", "-", "D"
         else:
             axes.plot(steps, _gaps(values), color=PALE, lw=0.8, zorder=1)
-    undefined = [site for site in blocks if site not in defined]
-    if not sizes:
-        _say(axes, "undefined at every site: Δ = 0")
-    else:
+            continue
+        low, high = ([real(at(p, bound)) for p in drawn] for bound in ("low", "high"))
+        lowest = min(v for v in (lowest, *values, *low) if v is not None)
+        # Sites stand a little apart, so that their bars can be told apart.
+        axes.errorbar(
+            np.asarray(steps) * 1.035 ** (i - len(named) / 2),
+            _gaps(values),
+            yerr=_bars(values, low, high),
+            label=site if steps else None,
+            color=colour,
+            ls=line,
+            marker=marker,
+            mfc=fill,
+            lw=1.2,
+            elinewidth=0.8,
+            capsize=1.5,
+        )
+    if sizes:
         axes.set_xscale("log", base=2)
+        axes.set_xlim(min(sizes) / 1.4, max(sizes) * 1.4)
         ticks = sorted(sizes)
         while len(ticks) > 8:
             ticks = ticks[::-2][::-1]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.minorticks_off()
         figure.legend(loc="outside right center")
+    else:
+        _say(axes, "undefined at every site")
+        axes.set_xticks([])
     axes.axhline(1, color=GREY, ls=":", lw=1)
-    axes.set_ylim(min(lowest - 0.05, 0.9) if lowest > 0 else max(-1.05, lowest - 0.1), 1.02)
-    axes.set_xlabel("prompts in each half (N)")
-    axes.set_ylabel("cosine of the two halves' v*")
-    others = f" Pale lines: the {len(defined) - len(named)} other sites." if len(defined) > 6 else ""
-    gone = f" Undefined (Δ = 0) and not drawn: {', '.join(undefined)}." if undefined else ""
+    axes.set_ylim(max(-1.05, min(lowest - 0.05, 0.9)), 1.03)
+    axes.set_xlabel("prompts in each sample (n)")
+    axes.set_ylabel("cosine of the two samples' v")
+    pale = len(defined) - len(named)
+    undefined = [site for site in points if not points[site]]
     return Drawing(
         "convergence",
         figure,
         {
-            "caption": "Convergence of v*: cosine between the vectors of two disjoint halves of the "
-            "fit prompts, over the prompts in a half (mean and spread over random splits). "
-            f"Near 1, v* no longer depends on which prompts were drawn.{others}{gone}",
-            "sites": {site: curves[site] for site in sites},
+            "caption": "Convergence of v*: cosine between the mean displacements of two disjoint "
+            "samples of n fit prompts (mean over random splits; bars: their spread). Near 1, v* no "
+            "longer depends on which prompts were drawn."
+            + (f" Pale: the {pale} other sites." if pale else "")
+            + (f" Undefined and not drawn: {', '.join(undefined)}." if undefined else ""),
+            "sites": points,
         },
     )
 
@@ -382,22 +448,41 @@ def fig3_cosine(result: dict[str, Json], folder: Path) -> Drawing | None:
     figure = Figure(figsize=(WIDE, 5.0))
     rows = GridSpec(2, 1, figure=figure, height_ratios=(1.1, 1))
     upper = rows[0].subgridspec(1, len(shown))
-    data: dict[str, Json] = {"n_fit": n_fit, "n_test": n_test, "chosen_site": chosen,
-                             "paper_peak": list(PAPER_COSINE), "distributions": {}}  # fmt: skip
+    cosines = {site: _cosines(tensors, site, results[site]) for site in shown}
+    edges = _bins([values for kinds in cosines.values() for values in kinds.values()])
+    data: dict[str, Json] = {
+        "n_fit": n_fit,
+        "n_test": n_test,
+        "chosen_site": chosen,
+        "paper_peak": list(PAPER_COSINE),
+        "bin_edges": edges.tolist(),
+        "distributions": {},
+    }
     first: Axes | None = None
     for i, site in enumerate(shown):
-        axes = figure.add_subplot(upper[i], sharey=first)
+        axes = figure.add_subplot(upper[i], sharex=first, sharey=first)
         role = " and ".join(
-            words for name, words in ((chosen, "chosen on tune"), (paper, "the paper's"))
+            words
+            for name, words in ((chosen, "chosen on tune"), (paper, "the paper's"))
             if site == name
-        )  # fmt: skip
-        data["distributions"][site] = _histogram(axes, site, tensors, results[site])
+        )
+        data["distributions"][site] = _histogram(axes, cosines[site], edges)
         axes.set_title(f"{site}{f' ({role})' if role else ''}")
         if first is None:
             first = axes
-            axes.set_ylabel("share of prompts in a bin")
+            axes.set_ylabel("share of prompts (null: of draws)")
+            axes.xaxis.set_major_locator(MultipleLocator(0.5 if edges[0] < -0.5 else 0.2))
         else:
             axes.tick_params(labelleft=False)
+    if first is not None:
+        heights = [
+            share
+            for drawn in data["distributions"].values()
+            for kind in _KINDS
+            for share in at(drawn, kind, "share") or []
+        ]
+        first.set_xlim(float(edges[0]), 1.02)
+        first.set_ylim(0, 1.2 * max(heights, default=1.0))
     data["sites"] = {
         site: {
             "held_out_mean": estimate(at(results[site], "held_out", "mean"))._asdict(),
@@ -412,37 +497,49 @@ def fig3_cosine(result: dict[str, Json], folder: Path) -> Drawing | None:
         held = [estimate(value["held_out_mean"]) for value in values.values()]
         in_sample = [value["in_sample_mean"] for value in values.values()]
         null = [value["null_q95"] for value in values.values()]
-        axes.axhspan(*PAPER_COSINE, facecolor=PALE, edgecolor="none", zorder=0)
-        axes.plot(where, _gaps(null), color=NULL.colour, ls=NULL.line, marker="_" if norm else "x")
-        axes.plot(where, _gaps(in_sample), color=IN_SAMPLE.colour, ls=IN_SAMPLE.line,
-                  marker=IN_SAMPLE.marker, mfc="white")  # fmt: skip
+        axes.axhspan(*PAPER_COSINE, **_PAPER_BAND, zorder=0)
+        axes.plot(where, _gaps(null), color=NULL.colour, ls=NULL.line, marker=NULL.marker)
+        axes.plot(
+            where,
+            _gaps(in_sample),
+            color=IN_SAMPLE.colour,
+            ls=IN_SAMPLE.line,
+            marker=IN_SAMPLE.marker,
+            mfc="white",
+        )
         _band(axes, where, held, HELD_OUT, markers=True, hollow=norm)
 
-    panels = _site_axes(figure, rows[1], sites)
-    lows = [v for site in data["sites"].values()
-            for v in (site["held_out_mean"]["low"], site["held_out_mean"]["value"], site["null_q95"])
-            if v is not None]  # fmt: skip
+    groups = _groups(sites)
+    widths = [width for _, _, width in groups]
+    lower = rows[1].subgridspec(1, len(groups), width_ratios=widths, wspace=0.03)
+    panels = _site_axes(figure, [lower[i] for i in range(len(groups))], sites)
+    lows = [
+        value
+        for site in data["sites"].values()
+        for value in (*(site["held_out_mean"][key] for key in ("value", "low")), site["null_q95"])
+        if value is not None
+    ]
     for axes, group, norm in panels:
         column({site: data["sites"][site] for site in group}, axes, _positions(group), norm)
         _hatch_undefined(axes, group, [is_undefined(results[site]) for site in group])
     lead = panels[0][0]
     lead.set_ylim(min(-0.05, *(low - 0.05 for low in lows)) if lows else -0.05, 1.05)
     lead.set_ylabel("mean cosine with v*")
-    lead.set_title("Mean over prompts, a site")
+    lead.set_title("Mean over prompts at each site")
     handles: list[Any] = [_line_handle(mark) for mark in reversed(_KINDS.values())]
-    handles.append(Patch(facecolor=PALE, label="the paper's peak, 0.92–0.96"))
+    handles.append(Patch(**_PAPER_BAND, label="the paper's peak, 0.92–0.96"))
     figure.legend(handles=handles, loc="outside upper center", ncols=5, columnspacing=1.4)
     said = "; ".join(
-        f"{site}: held-out mean {interval(at(results[site], 'held_out', 'mean'))}, "
-        f"null 95 % quantile {number(point(at(results[site], 'null', 'q95')))}"
+        f"at {site}, the held-out mean is {interval(at(results[site], 'held_out', 'mean'))}, "
+        f"the null's 95 % quantile {number(point(at(results[site], 'null', 'q95')))}"
         if not is_undefined(results[site])
-        else f"{site}: undefined, Δ = 0"
+        else f"at {site}, undefined, because Δ = 0"
         for site in shown
     )
     data["caption"] = (
         f"Figure 3. Cosines of displacements with v*, fitted on N = {plural(n_fit, 'prompt')} "
         f"(in-sample and leave-one-out on these) and held-out on N = {plural(n_test, 'prompt')}, "
-        "with the null of sign-flipped displacements. "
+        "with the null: the mean cosine of each draw in which all displacements got random signs. "
         f"{_sentence(said)} Below: the held-out mean with its interval at each site, the in-sample "
         "mean (dotted), and the null's 95 % quantile (dash-dotted); final_norm stands apart "
         "because it is another quantity than the blocks' outputs."
@@ -450,53 +547,69 @@ def fig3_cosine(result: dict[str, Json], folder: Path) -> Drawing | None:
     return Drawing("fig3_cosine", figure, data)
 
 
-def _histogram(
-    axes: Axes, site: str, tensors: dict[str, np.ndarray], result: Json
-) -> dict[str, Json]:
-    """Draw the four distributions of one site; return what was drawn."""
-    axes.axvspan(*PAPER_COSINE, facecolor=PALE, edgecolor="none", zorder=0)
-    axes.set_xlabel("cosine with v*")
-    values: dict[str, np.ndarray] = {}
+def _cosines(tensors: dict[str, np.ndarray], site: str, result: Json) -> dict[str, np.ndarray]:
+    """The measured cosines of one site by kind; rounding just beyond ±1 is cut off."""
+    if is_undefined(result):
+        return {}
+    found = {}
     for kind in _KINDS:
-        raw = np.asarray(tensors.get(f"{site}/{kind}", ()), dtype=np.float64).ravel()
-        values[kind] = np.clip(raw[np.isfinite(raw)], -1.0, 1.0)
-    measured = [cosines for cosines in values.values() if cosines.size]
-    if is_undefined(result) or not measured:
+        values = np.asarray(tensors.get(f"{site}/{kind}", ()), dtype=np.float64).ravel()
+        values = np.clip(values[np.isfinite(values)], -1.0, 1.0)
+        if values.size:
+            found[kind] = values
+    return found
+
+
+def _bins(samples: Sequence[np.ndarray]) -> np.ndarray:
+    """Edges that suit the range and the smallest sample, and end at a cosine of 1."""
+    low = min([0.0, *(float(values.min()) for values in samples)])
+    smallest = min((values.size for values in samples), default=1)
+    wanted = (1.0 - low) / min(50.0, max(10.0, 3.2 * math.sqrt(smallest)))
+    width = next((w for w in (0.02, 0.025, 0.05, 0.1) if w >= wanted), 0.2)
+    first = math.floor(round(low / width, 9))
+    return np.round(np.arange(first, round(1 / width) + 1) * width, 10)
+
+
+def _histogram(axes: Axes, cosines: dict[str, np.ndarray], edges: np.ndarray) -> dict[str, Json]:
+    """Draw the distributions of one site; return what was drawn."""
+    axes.axvspan(*PAPER_COSINE, **_PAPER_BAND, zorder=0)
+    axes.set_xlabel("cosine with v*")
+    if not cosines:
         _say(axes, "undefined: Δ = 0")
-        axes.set_xlim(-1, 1)
         return {"undefined": True}
-    low = min(0.0, *(float(cosines.min()) for cosines in measured))
-    smallest = min(cosines.size for kind, cosines in values.items() if cosines.size)
-    wanted = (1.0 - low) / min(45, max(8, 2.5 * math.sqrt(smallest)))
-    width = next((w for w in (0.01, 0.02, 0.05, 0.1) if w >= wanted), 0.2)
-    first = math.floor(low / width + 1e-9)
-    edges = np.round(np.arange(first, round(1 / width) + 1) * width, 10)
-    drawn: dict[str, Json] = {"bin_width": width, "edges": edges.tolist()}
-    highest = 0.0
-    for kind, cosines in values.items():
-        if not cosines.size:
-            continue
-        counts, _ = np.histogram(cosines, edges)
-        shares = counts / cosines.size
-        highest = max(highest, float(shares.max()))
+    drawn: dict[str, Json] = {}
+    for kind, values in cosines.items():
+        shares = np.histogram(values, edges)[0] / values.size
         mark = _KINDS[kind]
         if kind == "null":
-            axes.stairs(shares, edges, fill=True, facecolor="#efefef", edgecolor=GREY, lw=0,
-                        hatch="....")  # fmt: skip
+            axes.stairs(
+                shares, edges, fill=True, facecolor="#efefef", edgecolor=GREY, lw=0, hatch="...."
+            )
             axes.stairs(shares, edges, color=GREY, lw=0.8, ls=mark.line)
         elif kind == "held_out":
             axes.stairs(shares, edges, fill=True, color=BLUE, alpha=0.22, lw=0)
             axes.stairs(shares, edges, color=BLUE, lw=1.5)
         else:
             axes.stairs(shares, edges, color=mark.colour, lw=1.3, ls=mark.line)
-        drawn[kind] = {"n": int(cosines.size), "share": shares.tolist(),
-                       "mean": float(cosines.mean())}  # fmt: skip
-    axes.set_xlim(float(edges[0]), 1.0 + width / 2)
-    axes.set_ylim(0, highest * 1.16)
-    text = ", ".join(f"{_KINDS[kind].label.split(' ')[0]} {drawn[kind]['n']:,}"
-                     for kind in ("held_out", "in_sample", "null") if kind in drawn)  # fmt: skip
-    axes.text(0.02, 0.97, f"N: {text}\nbin {width:g}", transform=axes.transAxes, va="top",
-              color=GREY, size=7.5)  # fmt: skip
+        drawn[kind] = {"n": int(values.size), "share": shares.tolist()}
+    sizes = [
+        f"{words} {drawn[kind]['n']:,}"
+        for kind, words in (
+            ("held_out", "held-out"),
+            ("in_sample", "in-sample"),
+            ("null", "null draws"),
+        )
+        if kind in drawn
+    ]
+    axes.text(
+        0.02,
+        0.98,
+        f"N: {', '.join(sizes)}\nbins of {edges[1] - edges[0]:g}",
+        va="top",
+        transform=axes.transAxes,
+        color=GREY,
+        size=7.5,
+    )
     return drawn
 
 
@@ -517,9 +630,10 @@ def fig4a_entropy(result: dict[str, Json], _folder: Path) -> Drawing | None:
     if not shown:
         return None
     n, d, power = result.get("n"), result.get("d"), result.get("power", 2)
-    limit = math.log(min(n, d)) if real(n) and real(d) else None
+    limit = math.log(min(n, d)) if isinstance(n, int) and isinstance(d, int) and n else None
     figure = Figure(figsize=(WIDE, 2.9) if len(shown) > 1 else (COLUMN + 1.2, 2.9))
-    columns = GridSpec(1, len(shown), figure=figure)
+    widths = [width for _, _, width in _groups(sites)]
+    grid = GridSpec(1, len(shown) * len(widths), figure=figure, width_ratios=widths * len(shown))
     data: dict[str, Json] = {"n": n, "d": d, "power": power, "limit": limit, "entropy": {}}
     top, first = 0.0, None
     for i, centring in enumerate(shown):
@@ -530,7 +644,8 @@ def fig4a_entropy(result: dict[str, Json], _folder: Path) -> Drawing | None:
             }
             for matrix in _MATRICES
         }
-        panels = _site_axes(figure, columns[i], sites, share=first)
+        places = [grid[0, i * len(widths) + j] for j in range(len(widths))]
+        panels = _site_axes(figure, places, sites, share=first)
         for axes, group, norm in panels:
             for j, (matrix, mark) in enumerate(_MATRICES.items()):
                 shift = 0.25 * (j - 1) if norm else 0.0
@@ -551,16 +666,19 @@ def fig4a_entropy(result: dict[str, Json], _folder: Path) -> Drawing | None:
         handles=[_line_handle(mark, _NAMES[matrix]) for matrix, mark in _MATRICES.items()],
         loc="outside upper center",
         ncols=3,
-        title=_counts(n, d) + (f";  largest possible: ln min(N, d) = {number(limit)} nats"
-                               if limit is not None else ""),
+        title=_counts(n, d)
+        + (
+            f";  largest possible: ln min(N, d) = {number(limit)} nats" if limit is not None else ""
+        ),
         title_fontsize=8,
-    )  # fmt: skip
+    )
+    weights = "σ²" if power == 2 else "σ"
     data["caption"] = (
-        f"Figure 4a. Spectral entropy (weights σ^{power}, nats) of the states of the base, of the "
-        f"states of the tuned model, and of their difference ΔH, on the same {_counts(n, d)}. Bands "
-        "and bars: bootstrap intervals. Left, uncentred spectra hold the shift that all prompts "
-        "share; right, centred spectra hold only what differs between prompts. final_norm stands "
-        "apart." + _undefined_sentence(results, sites)
+        f"Figure 4a. Spectral entropy (weights {weights}, nats) of the states of the base, of the "
+        f"states of the tuned model, and of their difference ΔH, on the same {_counts(n, d)}. "
+        "Bands and bars: bootstrap intervals. Left, uncentred spectra hold the shift that all "
+        "prompts share; right, centred spectra hold only what differs between prompts. "
+        "final_norm stands apart." + _undefined_sentence(results, sites)
     )
     return Drawing("fig4a_entropy", figure, data)
 
@@ -583,26 +701,40 @@ def fig4b_singular_values(result: dict[str, Json], _folder: Path) -> Drawing | N
     n, d = result.get("n"), result.get("d")
     height = 0.55 + len(_MATRICES) * (0.42 + 0.17 * depth)
     figure = Figure(figsize=(WIDE, height) if len(shown) > 1 else (COLUMN + 1.6, height))
-    grid = GridSpec(len(_MATRICES), len(shown), figure=figure)
+    widths = [width for _, _, width in _groups(sites)]
+    grid = GridSpec(
+        len(_MATRICES),
+        len(shown) * len(widths) + 1,
+        figure=figure,
+        width_ratios=[*widths * len(shown), 0.04 * sum(widths)],
+    )
     shades, scale = colormaps[SHADES], Normalize(0.0, 1.0)
     data: dict[str, Json] = {"n": n, "d": d, "colour_scale": [0.0, 1.0], "top": {}}
-    all_axes: list[Axes] = []
     printed = len(sites) <= _PRINTED_SITES
     for column, centring in enumerate(shown):
         for row, matrix in enumerate(_MATRICES):
-            values = {site: [real(v) for v in items(at(results[site], matrix, centring, "top"))]
-                      for site in sites}  # fmt: skip
+            values = {
+                site: [real(v) for v in items(at(results[site], matrix, centring, "top"))]
+                for site in sites
+            }
             data["top"].setdefault(centring, {})[matrix] = values
-            panels = _site_axes(figure, grid[row, column], sites, label=row == len(_MATRICES) - 1)
+            places = [grid[row, column * len(widths) + i] for i in range(len(widths))]
+            panels = _site_axes(figure, places, sites, label=row == len(_MATRICES) - 1)
             for axes, group, _norm in panels:
-                all_axes.append(axes)
                 for x, site in zip(_positions(group), group, strict=True):
                     for j in range(depth):
                         value = values[site][j] if j < len(values[site]) else None
                         _cell(axes, x, j + 1, None if value is None else shades(scale(value)))
                         if printed and value is not None:
-                            axes.text(x, j + 1, f"{value:.2f}", ha="center", va="center", size=7,
-                                      color="white" if value > 0.55 else INK)  # fmt: skip
+                            axes.text(
+                                x,
+                                j + 1,
+                                f"{value:.2f}",
+                                ha="center",
+                                va="center",
+                                size=7,
+                                color="white" if value > 0.55 else INK,
+                            )
                 axes.set_ylim(depth + 0.5, 0.5)
                 axes.spines[:].set_visible(False)
                 axes.tick_params(length=0)
@@ -613,11 +745,19 @@ def fig4b_singular_values(result: dict[str, Json], _folder: Path) -> Drawing | N
                 lead.set_ylabel("rank j")
             else:
                 lead.tick_params(labelleft=False)
-    bar = figure.colorbar(ScalarMappable(scale, shades), ax=all_axes, aspect=32, pad=0.015)
+    bar = figure.colorbar(ScalarMappable(scale, shades), cax=figure.add_subplot(grid[:, -1]))
     bar.set_label(r"$\sigma_j\,/\,\Vert\cdot\Vert_F$")
     bar.outline.set_linewidth(0.5)  # type: ignore[operator]
-    undefined = [site for site in sites if is_undefined(results[site])]
-    hatched = f" Hatched: undefined, Δ = 0 ({', '.join(undefined)})." if undefined else ""
+    short = any(
+        len(top) < depth
+        for matrices in data["top"].values()
+        for matrix, sites_top in matrices.items()
+        for site, top in sites_top.items()
+        if not (matrix == "delta" and is_undefined(results[site]))
+    )
+    hatched = _undefined_sentence(results, sites) + (
+        " Hatched cells: the matrix has fewer singular values." if short else ""
+    )
     data["caption"] = (
         f"Figure 4b. The {depth} largest singular values over the Frobenius norm, σ_j/‖·‖_F, at "
         f"each site, of H_base, H_tuned and ΔH, on one colour scale ({_counts(n, d)}). The squares "
@@ -628,11 +768,15 @@ def fig4b_singular_values(result: dict[str, Json], _folder: Path) -> Drawing | N
 
 def _cell(axes: Axes, x: float, y: float, colour: Any) -> None:
     if colour is None:
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="white", edgecolor=GREY,
-                                 hatch="////", lw=0))  # fmt: skip
+        axes.add_patch(
+            Rectangle(
+                (x - 0.5, y - 0.5), 1, 1, facecolor="white", edgecolor=GREY, hatch="////", lw=0
+            )
+        )
     else:
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white",
-                                 lw=0.5))  # fmt: skip
+        axes.add_patch(
+            Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", lw=0.5)
+        )
 
 
 def _centrings(results: dict[str, Json]) -> list[str]:
@@ -645,42 +789,49 @@ def _centrings(results: dict[str, Json]) -> list[str]:
 
 
 def _counts(n: Json, d: Json) -> str:
-    return f"N = {plural(n, 'prompt')}, d = {number(real(d), 4)}"
+    return f"N = {plural(n, 'prompt')}, d = {count(d)}"
 
 
 def _undefined_sentence(results: dict[str, Json], sites: Sequence[str]) -> str:
     undefined = [site for site in sites if is_undefined(results[site])]
-    return f" Undefined for ΔH, where Δ = 0: {', '.join(undefined)}." if undefined else ""
+    return (
+        f" ΔH is undefined (hatched), because Δ = 0, at {', '.join(undefined)}."
+        if undefined
+        else ""
+    )
 
 
 # ---------------------------------------------------------------------------------- parts
 
 
+def _groups(sites: Sequence[str]) -> list[tuple[list[str], bool, float]]:
+    """The blocks, and apart from them the other sites: (sites, whether apart, relative width)."""
+    blocks = [site for site in sites if block(site) is not None]
+    others = [site for site in sites if block(site) is None]
+    span = _positions(blocks)[-1] - _positions(blocks)[0] + 1 if blocks else 0.0
+    groups = [(blocks, False, span), (others, True, max(1.0 * len(others), 0.15 * span))]
+    return [group for group in groups if group[0]]
+
+
 def _site_axes(
     figure: Figure,
-    place: SubplotSpec,
+    places: Sequence[SubplotSpec],
     sites: Sequence[str],
     *,
     share: Axes | None = None,
     label: bool = True,
 ) -> list[tuple[Axes, list[str], bool]]:
-    """Axes for the blocks and, apart from them, for the other sites: (axes, sites, whether apart).
+    """Axes for each of :func:`_groups`: (axes, sites, whether apart).
 
     The blocks are a curve over depth. ``final_norm`` is another quantity: it gets its own narrow
     axes and is never joined to the curve.
     """
-    blocks = [site for site in sites if block(site) is not None]
-    others = [site for site in sites if block(site) is None]
-    groups = [(group, norm) for group, norm in ((blocks, False), (others, True)) if group]
-    span = (_positions(blocks)[-1] - _positions(blocks)[0] + 1) if blocks else 0.0
-    widths = [span if not norm else max(1.0 * len(group), 0.13 * span) for group, norm in groups]
-    inner = place.subgridspec(1, len(groups), width_ratios=widths, wspace=0.03)
     panels: list[tuple[Axes, list[str], bool]] = []
-    for i, (group, norm) in enumerate(groups):
-        axes = figure.add_subplot(inner[i], sharey=panels[0][0] if panels else share)
+    for place, (group, apart, _width) in zip(places, _groups(sites), strict=True):
+        axes = figure.add_subplot(place, sharey=panels[0][0] if panels else share)
         where = _positions(group)
         axes.set_xlim(where[0] - 0.5, where[-1] + 0.5)
-        if norm:
+        if apart:
             axes.set_xticks(where, group)
         elif len(group) <= _PRINTED_SITES:
             axes.set_xticks(where, [f"{x:g}" for x in where])
@@ -688,18 +839,19 @@ def _site_axes(
             axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
         if not label:
             axes.tick_params(labelbottom=False)
-        elif not norm:
+        elif not apart:
             axes.set_xlabel("block k (resid_post.k)")
         if panels:
             axes.tick_params(labelleft=False)
-        panels.append((axes, list(group), norm))
+        panels.append((axes, group, apart))
     return panels
 
 
 def _positions(group: Sequence[str]) -> list[float]:
     """x of each site: k of a block, else its place in the group."""
-    return [float(k) if (k := block(site)) is not None else float(i)
-            for i, site in enumerate(group)]  # fmt: skip
+    return [
+        float(k) if (k := block(site)) is not None else float(i) for i, site in enumerate(group)
+    ]
 
 
 def _hatch_undefined(
@@ -712,11 +864,21 @@ def _hatch_undefined(
         if undefined[i] and start is None:
             start = x
         if start is not None and (i + 1 == len(where) or not undefined[i + 1]):
-            axes.axvspan(start - 0.5, x + 0.5, facecolor="none", edgecolor=PALE, hatch="////", lw=0,
-                         zorder=0)  # fmt: skip
-            axes.text((start + x) / 2, 0.5, f"{what}undefined: Δ = 0", rotation=90, ha="center",
-                      va="center", color=GREY, transform=axes.get_xaxis_transform(),
-                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
+            axes.axvspan(
+                start - 0.5, x + 0.5, facecolor="none", edgecolor=PALE, hatch="////", lw=0, zorder=0
+            )
+            axes.text(
+                (start + x) / 2,
+                0.03,
+                f"{what}undefined: Δ = 0",
+                rotation=90,
+                ha="center",
+                va="bottom",
+                color=GREY,
+                transform=axes.get_xaxis_transform(),
+                zorder=1,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+            )
             start = None
 
 
@@ -737,19 +899,28 @@ def _band(
     axes.fill_between(x, low, high, color=mark.colour, alpha=0.18, lw=0)
     if len(x) <= _PRINTED_SITES:
         bars = _bars(middle, low, high)
-        axes.errorbar(x, middle, yerr=bars, fmt="none", ecolor=mark.colour, elinewidth=0.9,
-                      capsize=2)  # fmt: skip
+        axes.errorbar(
+            x, middle, yerr=bars, fmt="none", ecolor=mark.colour, elinewidth=0.9, capsize=2
+        )
     return axes.plot(
-        x, middle, color=mark.colour, ls=mark.line, marker=mark.marker if markers else "",
-        mfc="white" if hollow else mark.colour, label=mark.label, zorder=3,
-    )[0]  # fmt: skip
+        x,
+        middle,
+        color=mark.colour,
+        ls=mark.line,
+        marker=mark.marker if markers else "",
+        ms=3.8 if len(x) <= 2 * _PRINTED_SITES else 2.4,
+        mfc="white" if hollow else mark.colour,
+        label=mark.label,
+        zorder=3,
+    )[0]
 
 
 def _bars(middle: Any, low: Any, high: Any) -> np.ndarray:
     """Lengths of error bars; none where a bound is undefined."""
     centre = _gaps(list(middle))
     lengths = np.stack([centre - _gaps(list(low)), _gaps(list(high)) - centre])
-    return np.maximum(np.nan_to_num(lengths), 0.0)
+    lengths[~(lengths > 0)] = 0.0
+    return lengths
 
 
 def _gaps(values: Sequence[float | None]) -> np.ndarray:
@@ -768,24 +939,41 @@ def _plotted(shown: dict[str, Json], key: str) -> list[float | None]:
 
 
 def _line_handle(mark: Mark, label: str | None = None) -> Any:
-    from matplotlib.lines import Line2D
+    return Line2D(
+        [], [], color=mark.colour, ls=mark.line, marker=mark.marker, label=label or mark.label
+    )
 
-    return Line2D([], [], color=mark.colour, ls=mark.line, marker=mark.marker,
-                  label=label or mark.label)  # fmt: skip
 
-
-def _line_label(axes: Axes, y: float, words: str, colour: str) -> None:
-    """Name a horizontal reference line, at its right end, just above it."""
-    axes.annotate(words, (0.99, y), xycoords=axes.get_yaxis_transform(), xytext=(0, 1.5),
-                  textcoords="offset points", ha="right", va="bottom", color=colour, size=7.5,
-                  zorder=6)  # fmt: skip
+def _line_label(axes: Axes, y: float, words: str, colour: str, side: str = "right") -> None:
+    """Name a horizontal reference line at one of its ends, just above it."""
+    axes.annotate(
+        words,
+        (0.99 if side == "right" else 0.01, y),
+        ha=side,
+        va="bottom",
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, 1.5),
+        size=7.5,
+        color=colour,
+        textcoords="offset points",
+        zorder=2,
+        path_effects=[withStroke(linewidth=2, foreground="white")],
+    )
 
 
 def _say(axes: Axes, words: str) -> None:
     """Words in place of a curve that can't be drawn."""
     axes.patch.set(hatch="////", edgecolor=PALE)
-    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", color=INK,
-              bbox={"facecolor": "white", "edgecolor": "none", "pad": 3})  # fmt: skip
+    axes.text(
+        0.5,
+        0.5,
+        words,
+        transform=axes.transAxes,
+        ha="center",
+        va="center",
+        color=INK,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 3},
+    )
 
 
 def _sentence(text: str) -> str:

@@ -48,7 +48,7 @@ class Mark:
 HELD_OUT = Mark("held-out", BLUE, "-", "o")
 LEAVE_ONE_OUT = Mark("leave-one-out", ORANGE, "--", "s")
 IN_SAMPLE = Mark("in-sample", VERMILLION, ":", "^")
-NULL = Mark("null (sign-flipped)", GREY, "-.", "x")
+NULL = Mark("null", GREY, "-.", "x")
 
 H_BASE = Mark("H_base", ORANGE, "--", "s")
 H_TUNED = Mark("H_tuned", VERMILLION, "-.", "^")

@@ -109,7 +109,8 @@ def number(value: float | None, digits: int = 3) -> str:
     exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
     if exponent < -3 or exponent >= 5:
         mantissa = f"{value / 10.0**exponent:.{digits - 1}f}"
-        return f"{mantissa} × 10{str(exponent).translate(_SUPERSCRIPT)}".replace("-", "−")
+        power = str(exponent).translate(_SUPERSCRIPT)
+        return f"{mantissa}\u00a0×\u00a010{power}".replace("-", "−")
     return f"{value:.{max(0, digits - 1 - exponent)}f}".replace("-", "−")
 
 
@@ -129,9 +130,9 @@ def percent(value: float | None) -> str:
         return DASH
     scaled = 100 * value
     if 0 < abs(scaled) < 0.01:
-        return "< 0.01 %" if scaled > 0 else "> −0.01 %"
+        return "<\u00a00.01\u00a0%" if scaled > 0 else ">\u00a0−0.01\u00a0%"
     decimals = 0 if abs(scaled) >= 99.95 else 1
-    return f"{scaled:.{decimals}f} %".replace("-", "−")
+    return f"{scaled:.{decimals}f}\u00a0%".replace("-", "−")
 
 
 def count(value: Json) -> str:
@@ -152,7 +153,7 @@ def plain(value: Json) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
-        return number(value, 4)
+        return f"{value:.6g}".replace("-", "−")
     if isinstance(value, dict) and "value" in value:
         return interval(value)
     if isinstance(value, list):

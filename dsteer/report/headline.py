@@ -1,0 +1,236 @@
+"""The report's first page: what was compared, and what came out, in plain words."""
+
+from __future__ import annotations
+
+from dsteer.report.tables import Results, recovered_at
+from dsteer.report.values import (
+    FINAL_NORM,
+    at,
+    count,
+    estimate,
+    interval,
+    is_undefined,
+    mapping,
+    number,
+    percent,
+    plural,
+    point,
+    ratio,
+    site_order,
+)
+from dsteer.store import Json
+
+CONSTANT_BIAS = (
+    "At final_norm, adding λv adds the same logit bias λ W_U v to every token: it can do nothing "
+    "that depends on the prompt."
+)
+"""Holds for every model with a linear head, and stands in every report."""
+
+Point = tuple[str, list[str]]
+"""What some sentences are about, and the sentences."""
+
+
+def headline(manifest: dict[str, Json], results: Results) -> list[Point]:
+    """The findings, most important first; each sentence is made from the numbers at hand."""
+    sites = _sites(results)
+    points: list[Point] = [("Compared", [_compared(manifest, results)])]
+    points += _training(results.get("dpo"))
+    points += _size(results.get("vector"), sites)
+    points += _direction(results.get("cosine"), sites)
+    points += _dimension(results.get("spectrum"), sites)
+    points += _reach(results.get("vector"))
+    return [*points, ("Keep in mind", [CONSTANT_BIAS])]
+
+
+def confidence(manifest: dict[str, Json], *stages: str) -> str:
+    """``95 %`` where the config of one of the stages tells it, else an empty string."""
+    for stage in stages:
+        level = point(at(manifest, "config", stage, "confidence"))
+        if level is not None:
+            return f"{100 * level:g}\u00a0%"
+    return ""
+
+
+def _sites(results: Results) -> list[str]:
+    """The sites that the headline speaks of: the one chosen on tune, and the paper's."""
+    cosine = results.get("cosine")
+    named = [at(cosine, "chosen_site"), at(cosine, "paper_site")]
+    sites = [site for site in dict.fromkeys(named) if isinstance(site, str)]
+    if sites:
+        return sites
+    measured = site_order(
+        mapping(at(results.get("vector"), "sites")) or mapping(at(results.get("spectrum"), "sites"))
+    )
+    return [FINAL_NORM] if FINAL_NORM in measured else measured[-1:]
+
+
+def _compared(manifest: dict[str, Json], results: Results) -> str:
+    config = manifest.get("config")
+    activations = results.get("activations")
+    if "base" in results or mapping(at(config, "base")):
+        total = point(at(results.get("base"), "parameters", "total"))
+        size = f" of {plural(total, 'parameter')}" if total is not None else ""
+        base = f"a base model{size} trained from nothing on the spot"
+    else:
+        base = f"the base {at(config, 'models', 'base') or 'model'}"
+    dpo = mapping(at(config, "dpo"))
+    if "dpo" in results or dpo:
+        details = [
+            words
+            for words, known in (
+                (f"β = {dpo.get('beta')}", dpo.get("beta") is not None),
+                (f"loss {dpo.get('loss_type')}", bool(dpo.get("loss_type"))),
+                (f"frozen embeddings: {dpo.get('freeze')}", bool(dpo.get("freeze"))),
+                (f"LoRA of rank {at(dpo, 'lora', 'rank')}", bool(dpo.get("lora"))),
+            )
+            if known
+        ]
+        tuned = "the same model after DPO" + (f" ({', '.join(details)})" if details else "")
+    else:
+        tuned = f"the tuned {at(config, 'models', 'tuned') or 'model'}"
+    text = f"{base[:1].upper()}{base[1:]}, with {tuned}"
+    if activations is None:
+        return f"{text}. No activations were read."
+    rows = mapping(at(activations, "rows"))
+    sizes = [f"{split} {rows[split][1] - rows[split][0]:,}" for split in rows]
+    return (
+        f"{text}, at {plural(len(at(activations, 'sites') or []), 'site')} on "
+        f"N = {plural(at(activations, 'n'), 'prompt')}"
+        + (f" ({', '.join(sizes)})" if sizes else "")
+        + f", identical token ids, position {at(activations, 'position')}."
+    )
+
+
+def _training(dpo: Json) -> list[Point]:
+    if dpo is None:
+        return []
+    accuracy = (
+        f"held-out reward accuracy {interval(at(dpo, 'test', 'reward_accuracy'))} (chance 0.5), "
+        f"margin {interval(at(dpo, 'test', 'reward_margin'))}, KL to the base "
+        f"{interval(at(dpo, 'kl_to_base'))} nats a token (noise floor "
+        f"{number(point(at(dpo, 'kl_noise_floor')))}), on "
+        f"{plural(at(dpo, 'test', 'n'), 'test pair')}."
+    )
+    learned, high = at(dpo, "learned"), estimate(at(dpo, "test", "reward_accuracy")).high
+    if learned is True:
+        verdict = "DPO learned the preference: "
+    elif learned is None:
+        verdict = "Nothing says whether DPO learned the preference: "
+    elif high is not None and high < 0.5:
+        verdict = "DPO made held-out preferences worse than chance: "
+    else:
+        verdict = (
+            "DPO learned nothing that shows on held-out pairs; what follows measures what training "
+            "moved, not a preference: "
+        )
+    text = verdict + accuracy
+    return [("Training", [text[:1].upper() + text[1:]])]
+
+
+def _size(vector: Json, sites: list[str]) -> list[Point]:
+    said = []
+    for site in sites:
+        row = at(vector, "sites", site)
+        if row is None:
+            continue
+        if is_undefined(row):
+            said.append(f"At {site}, Δ = 0: v* is undefined.")
+            continue
+        norm, floor = point(at(row, "norm")), point(at(row, "noise_mean_norm"))
+        text = f"At {site}, ‖v*‖ = {number(norm)}"
+        relative = point(at(row, "relative_norm"))
+        if relative is not None:
+            text += f", {percent(relative)} of the mean length of the base's states"
+        times = ratio(norm, floor)
+        if times is not None:
+            text += f" and {number(times)} times the noise floor ({number(floor)})"
+        elif floor == 0:
+            text += "; the noise floor is exactly 0"
+        if at(row, "within_rounding") is True:
+            text += ": not to be told from rounding, so its direction means nothing"
+        if at(row, "inert") is True:
+            text += "; v* lies along the state itself and is inert after the norm"
+        said.append(text + ".")
+    return [("Size of v*", said)] if said else []
+
+
+def _direction(cosine: Json, sites: list[str]) -> list[Point]:
+    said = []
+    for site in sites:
+        row = at(cosine, "sites", site)
+        if row is None:
+            continue
+        if is_undefined(row):
+            said.append(f"At {site}: undefined, Δ = 0.")
+            continue
+        chosen = (
+            " (the site chosen on the tune prompts)" if site == at(cosine, "chosen_site") else ""
+        )
+        held = estimate(at(row, "held_out", "mean"))
+        null = point(at(row, "null", "q95"))
+        text = (
+            f"At {site}{chosen}, the mean held-out cosine with v* is "
+            f"{interval(at(row, 'held_out', 'mean'))}; the null's 95\u00a0% quantile is "
+            f"{number(null)}"
+        )
+        bound = held.low if held.low is not None else held.value
+        if bound is not None and null is not None and bound <= null:
+            text += ", so a shared direction cannot be told from chance"
+        said.append(text + ".")
+    return [("Shared direction", said)] if said else []
+
+
+def _dimension(spectrum: Json, sites: list[str]) -> list[Point]:
+    said = []
+    for site in sites:
+        row = at(spectrum, "sites", site)
+        if row is None:
+            continue
+        if is_undefined(row):
+            said.append(f"At {site}: undefined, Δ = 0.")
+            continue
+        said.append(
+            f"At {site}, σ₂/σ₁ = {number(point(at(row, 'delta', 'uncentred', 'sigma_ratio')))}; "
+            f"one constant vector holds m = {interval(at(row, 'shared_share'))} of the squared "
+            f"displacement (debiased {number(point(at(row, 'shared_share_debiased')))}). Effective "
+            f"rank {number(point(at(row, 'delta', 'uncentred', 'effective_rank')))}."
+        )
+    if not said:
+        return []
+    said.append(
+        f"N = {plural(at(spectrum, 'n'), 'prompt')}, d = {count(at(spectrum, 'd'))}. A "
+        "small σ₂/σ₁ alone says little; m and the held-out cosine say more."
+    )
+    return [("One dimension?", said)]
+
+
+def _reach(vector: Json) -> list[Point]:
+    said = []
+    for key, words in (("first_token", "first response token"), ("response", "response tokens")):
+        part = at(vector, "kl_recovery", key)
+        if not mapping(part):
+            continue
+        total = number(point(at(part, "kl_tuned_base")))
+        chosen, at_chosen = point(at(part, "chosen_strength")), at(part, "recovered_at_chosen")
+        at_one = recovered_at(part, 1.0)
+        shares = []
+        if chosen is not None and point(at_chosen) is not None:
+            shares.append(f"{_share(at_chosen)} of it at λ = {number(chosen)}, chosen on tune")
+        if point(at_one) is not None:
+            shares.append(f"{_share(at_one)} at λ = 1")
+        if shares:
+            said.append(
+                f"On the {words}, KL(tuned‖base) is {total} nats a token; λv* recovers "
+                f"{', and '.join(shares)}."
+            )
+        else:
+            reason = at(part, "undefined") or f"KL(tuned‖base) is {total}"
+            said.append(f"On the {words}: undefined, {reason}.")
+    return [(f"Reach at {FINAL_NORM}", said)] if said else []
+
+
+def _share(value: Json) -> str:
+    middle, low, high = estimate(value)
+    if low is None or high is None:
+        return percent(middle)
+    return f"{percent(middle)} [{percent(low)}, {percent(high)}]"

@@ -1,0 +1,248 @@
+"""The one-file HTML report of a run, from its artifacts alone."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from dsteer.errors import StoreError
+from dsteer.report.headline import confidence, headline
+from dsteer.report.tables import STAGE_TABLES, Results, Table, paper_table, settings_tables
+from dsteer.report.values import at, items, mapping
+from dsteer.store import Json, atomic_path, read_json
+
+SECTIONS: dict[str, tuple[str, str]] = {
+    "data": ("Data", "Preference pairs, read, checked and split."),
+    "base": ("Base model", "A small model trained from nothing, so that the run is complete."),
+    "dpo": ("DPO training", "What preference training did to the base, on pairs it has not seen."),
+    "activations": ("Activations", "Hidden states of both models on identical token ids."),
+    "vector": ("Steering vector", "v*, the mean displacement: its size, direction and reach."),
+    "cosine": ("Cosines", "How well the displacement of each prompt agrees with v*."),
+    "spectrum": ("Spectra", "How many dimensions the displacements take."),
+}
+"""Stage → title and first line of its section, in order."""
+
+FIGURES: dict[str, tuple[str, ...]] = {
+    "base": ("learning_curve",),
+    "dpo": ("learning_curve",),
+    "vector": ("kl_recovery", "convergence"),
+    "cosine": ("fig3_cosine",),
+    "spectrum": ("fig4a_entropy", "fig4b_singular_values"),
+}
+"""The figures of each section, in order."""
+
+GLOSSARY: tuple[tuple[str, str], ...] = (
+    (
+        "base, tuned",
+        "the model before and after preference training; h_base and h_tuned are their states",
+    ),
+    (
+        "site",
+        "where states are read. resid_post.k is the raw output of block k, counted from 0; "
+        "final_norm is the state after the last norm, which the unembedding reads. They are "
+        "different quantities",
+    ),
+    ("displacement Δ", "h_tuned(x) − h_base(x) on identical token ids, at one site and position"),
+    ("ΔH", "the matrix of displacements, one row a prompt (N × d)"),
+    ("v*", "the mean displacement over the fit prompts"),
+    ("strength λ", "how many times v* is added; 1 adds v* itself"),
+    ("fit, tune, test", "splits that share no conversation: v* is fitted on fit, sites and "
+     "strengths are chosen on tune, numbers are reported on test"),
+    ("held-out cosine", "cos(Δ, v*) on test prompts, which v* has not seen"),
+    ("leave-one-out cosine", "each fit prompt against the mean of all others, "
+     "(N v* − Δ) / (N − 1)"),
+    ("in-sample cosine", "each fit prompt against the mean that holds it; the paper's kind, biased "
+     "upward, by about 1/√N on pure noise"),
+    ("null", "the same measurement on displacements with random signs, where no direction is "
+     "shared"),
+    ("shared share m", "N‖v‖² / ‖ΔH‖_F²; debiased: mean of ⟨Δᵢ, Δⱼ⟩ over i ≠ j, over mean ‖Δ‖²"),
+    ("uncentred, centred", "with and without the mean row; centring removes v* by construction"),
+    ("spectral entropy", "H = −Σ q ln q, q = σ^p / Σσ^p over the singular values (nats)"),
+    ("effective rank", "exp(H) with p = 1"),
+    ("KL(p‖q)", "Σ p (ln p − ln q) over the vocabulary (nats)"),
+    ("share of KL recovered", "1 − Σ KL(tuned‖steered) / Σ KL(tuned‖base), teacher-forced"),
+    ("implicit reward r", "β [log π(y|x) − log π_ref(y|x)]; accuracy is the share of pairs with "
+     "r(chosen) > r(rejected)"),
+    ("noise floor", "what the same measurement gives for the base against itself at another batch "
+     "size"),
+    ("inert", "a shift along the state itself, which the norm takes away again"),
+    ("interval", "bootstrap over conversations"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FigureView:
+    """A figure ready to embed."""
+
+    name: str
+    stage: str
+    caption: str
+    source: str
+    width: int
+    height: int
+    links: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One stage's section."""
+
+    stage: str
+    title: str
+    lead: str
+    figures: Sequence[FigureView]
+    missing_figures: Sequence[str]
+    tables: Sequence[Table]
+    remarks: Sequence[str]
+
+
+def write_report(run: Path, title: str | None = None) -> Path:
+    """Write ``report.html`` into a run folder: one file, readable offline.
+
+    Figures are embedded as they lie in ``<stage>/figures``; those that are absent are drawn first.
+    A stage without a valid result has no section, and the report says so.
+
+    Args:
+        run: the run folder.
+        title: heading of the report; default: the run's name.
+
+    Raises:
+        StoreError: the folder holds no result of any stage, or an artifact is malformed.
+    """
+    manifest = _read(run / "manifest.json")
+    summary = _read(run / "summary.json")
+    results, absent = _results(run, manifest)
+    if not results:
+        raise StoreError(f"{run}: no stage of a run is complete here; run `dsteer run` first")
+    name = str(manifest.get("name") or summary.get("run") or run.name)
+    yaml = run / "pipeline.yaml"
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(
+        files("dsteer.report").joinpath("template.html.jinja").read_text(encoding="utf-8")
+    )
+    level = confidence(manifest, "cosine", "vector", "spectrum")
+    text = template.render(
+        title=title or name,
+        name=name,
+        description=manifest.get("description") or "",
+        version=manifest.get("dsteer_version") or "",
+        headline=headline(manifest, results),
+        interval_words=f"{level} bootstrap intervals" if level else "bootstrap intervals",
+        notes=_notes(summary, results),
+        titles={stage: words for stage, (words, _) in SECTIONS.items()},
+        paper=paper_table(results),
+        sections=[
+            _section(run, stage, results, manifest) for stage in SECTIONS if stage in results
+        ],
+        absent=absent,
+        settings=settings_tables(manifest),
+        yaml=yaml.read_text(encoding="utf-8") if yaml.is_file() else "",
+        glossary=GLOSSARY,
+    )
+    path = run / "report.html"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def _read(path: Path) -> dict[str, Json]:
+    return mapping(read_json(path)) if path.is_file() else {}
+
+
+def _results(run: Path, manifest: dict[str, Json]) -> tuple[Results, list[tuple[str, str]]]:
+    """The results of the stages that ran, and of each other stage why it is absent."""
+    recorded = manifest.get("stages")
+    results: Results = {}
+    absent = []
+    for stage, (title, _) in SECTIONS.items():
+        written = (run / stage / "result.json").is_file()
+        if written and (recorded is None or stage in recorded):
+            results[stage] = mapping(read_json(run / stage / "result.json"))
+        elif written:
+            absent.append((title, "its result belongs to other settings than this run's"))
+        elif mapping(at(manifest, "config")).get(stage) is not None:
+            absent.append((title, "configured, but not run to its end"))
+        else:
+            absent.append((title, "not part of this pipeline"))
+    return results, absent
+
+
+def _notes(summary: dict[str, Json], results: Results) -> list[tuple[str, str]]:
+    """All notes as (stage, text), in the order of the stages, each once."""
+    notes = [
+        (stage, str(text))
+        for stage, result in results.items()
+        for text in items(result.get("notes"))
+    ]
+    notes += [(str(at(note, "stage") or ""), str(at(note, "text") or ""))
+              for note in items(summary.get("notes"))]  # fmt: skip
+    return list(dict.fromkeys(note for note in notes if note[0] in results))
+
+
+def _section(run: Path, stage: str, results: Results, manifest: dict[str, Json]) -> Section:
+    title, lead = SECTIONS[stage]
+    trouble = _draw_missing(run, stage, results[stage])
+    found = {name: _figure(run, stage, name) for name in FIGURES.get(stage, ())}
+    remarks = []
+    if stage == "spectrum" and at(manifest, "config", "dpo", "lora"):
+        rank = at(manifest, "config", "dpo", "lora", "rank")
+        remarks.append(
+            f"The tuned model is a LoRA of rank {rank}: the rank of each weight's change is "
+            "bounded by construction, so low ranks here are partly built in."
+        )
+    return Section(
+        stage=stage,
+        title=title,
+        lead=lead,
+        figures=[figure for figure in found.values() if figure is not None],
+        missing_figures=trouble,
+        tables=STAGE_TABLES[stage](results[stage]),
+        remarks=remarks,
+    )
+
+
+def _draw_missing(run: Path, stage: str, result: Json) -> list[str]:
+    """Draw a stage's figures if one is absent; say in words what could not be drawn."""
+    folder = run / stage
+    names = FIGURES.get(stage, ())
+    if all((folder / "figures" / f"{name}.png").is_file() for name in names):
+        return []
+    from dsteer.report.figures import draw_result  # matplotlib is slow to import
+
+    try:
+        draw_result(stage, result, folder)
+    except StoreError as error:
+        return [f"A figure could not be drawn: {str(error).replace(f'{run}/', '')}"]
+    return []
+
+
+def _figure(run: Path, stage: str, name: str) -> FigureView | None:
+    """A figure's PNG as a data URI, its caption and links to its files; None if not drawn."""
+    folder = run / stage / "figures"
+    png = folder / f"{name}.png"
+    if not png.is_file():
+        return None
+    content = png.read_bytes()
+    width, height = struct.unpack(">II", content[16:24])  # the IHDR chunk
+    data = _read(folder / f"{name}.json")
+    return FigureView(
+        name=name,
+        stage=stage,
+        caption=str(data.get("caption") or name),
+        source=f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}",
+        width=width // 2,
+        height=height // 2,
+        links=[
+            (suffix.upper(), f"{stage}/figures/{name}.{suffix}")
+            for suffix in ("pdf", "png", "json")
+            if (folder / f"{name}.{suffix}").is_file()
+        ],
+    )
