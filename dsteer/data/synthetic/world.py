@@ -1,0 +1,418 @@
+"""Prompts, answers and preference pairs of the synthetic world, all drawn from a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from random import Random
+from types import MappingProxyType
+from typing import Final, Literal, TypeVar
+
+from dsteer.data.synthetic import axes as wording
+from dsteer.data.synthetic.axes import AXES, Axis
+from dsteer.data.synthetic.topics import (
+    CIRCUMSTANCES,
+    CONTEXTS,
+    FOLLOW_UPS,
+    OPEN_WORDS,
+    PLURALS_WITHOUT_S,
+    QUESTIONS,
+    QUIET_WORDS,
+    TOPICS,
+    Aspect,
+    Topic,
+    TopicSplit,
+)
+from dsteer.data.types import PreferencePair
+from dsteer.errors import DataError, did_you_mean
+
+T = TypeVar("T")
+
+TopicChoice = Literal["all", "seen", "held_out"] | Sequence[str]
+POLITE: Final[Mapping[str, float]] = MappingProxyType({"polite": 1.0})
+
+_AXES: Final = {axis.name: axis for axis in AXES}
+_TOPICS: Final = {topic.name: topic for topic in TOPICS}
+_ASPECTS: Final[tuple[Aspect, ...]] = ("tools", "times", "places", "steps")
+_QUIET_SHARE, _OPEN_SHARE = 0.25, 0.25
+_TWO_TURN_SHARE = 0.2
+_CONTEXT_SHARE = _CIRCUMSTANCE_SHARE = 0.5
+_MOST_REPEATS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord:
+    """A prompt and what the grammar knows of it.
+
+    Attributes:
+        text: hh-style dialogue that ends in a newline pair and ``Assistant:``.
+        topic: name of the topic; split says whether it is a held-out one.
+        aspect: what the last question asks for.
+        entity: what it asks about, without the made-up word.
+        word: the made-up word before the entity, or "".
+        key: the same for equal texts, whatever the world; different for different texts.
+    """
+
+    text: str
+    topic: str
+    split: TopicSplit
+    aspect: Aspect
+    entity: str
+    word: str
+
+    @property
+    def rule_triggered(self) -> bool:
+        """Whether the made-up word is on the quiet list, so that an answer may decline."""
+        return self.word in QUIET_WORDS
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+class World:
+    """A seeded source of preference pairs whose preferences are known.
+
+    An answer has a pole on each axis. A pair's two answers get random poles on all axes; the one of
+    higher utility Σ weight · score is chosen, score being +1 at an axis's first pole and -1 at its
+    second. Axes of weight 0 therefore vary independently of the label.
+
+    The axis `declines` lives only on prompts that hold a word of the quiet list. Elsewhere all
+    answers are at its pole "answers" and score -1; a generated text that declines there scores +1,
+    as a needless refusal.
+
+    Every draw depends on the seed and its place alone: the same seed gives the same bytes, and the
+    first k of n records or pairs are the k that a shorter call gives.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The planted axes."""
+        return AXES
+
+    def topics(self, choice: TopicChoice = "all") -> tuple[str, ...]:
+        """Names of topics: of one split, or those listed.
+
+        Raises:
+            DataError: for an unknown topic, or none.
+        """
+        return tuple(topic.name for topic in _choose(choice))
+
+    def records(self, n: int, topics: TopicChoice = "all") -> list[PromptRecord]:
+        """n prompts, all different.
+
+        Raises:
+            DataError: for an unknown topic, none, or n < 0.
+        """
+        return list(islice(self._records(_choose(topics)), _size(n)))
+
+    def prompts(self, n: int, topics: TopicChoice = "all") -> list[str]:
+        """Texts of n prompts, all different, each ending where the answer begins.
+
+        Raises:
+            DataError: for an unknown topic, none, or n < 0.
+        """
+        return [record.text for record in self.records(n, topics)]
+
+    def respond(self, record: PromptRecord, poles: Mapping[str, str], rng: Random) -> str:
+        """Write an answer, beginning with a space, to a prompt.
+
+        Args:
+            poles: pole name by axis name; axes left out get a random pole.
+            rng: chooses wording, facts and the poles left out.
+
+        Raises:
+            DataError: for an unknown axis or pole, or for declining where no rule is triggered.
+        """
+        for name, pole in poles.items():
+            axis = _axis(name)
+            if pole not in axis.poles:
+                raise DataError(
+                    f"axis {name!r} has no pole {pole!r}{did_you_mean(pole, axis.poles)}"
+                )
+        if poles.get("declines") == "declines" and not record.rule_triggered:
+            raise DataError(
+                f"the prompt about {record.word} {record.entity}".replace("  ", " ")
+                + " can't be declined: it holds no word of the quiet list; leave 'declines' out"
+            )
+        return _write_response(record, {**_draw_poles(record, rng), **poles}, rng)
+
+    def pair(
+        self,
+        record: PromptRecord,
+        axes: Mapping[str, float] = POLITE,
+        label_noise: float = 0.0,
+    ) -> PreferencePair:
+        """A preference pair on one prompt.
+
+        The label noise doesn't touch the texts: at any level the two answers are the same ones.
+
+        Args:
+            axes: preference weight by axis name; a negative one prefers the axis's second pole.
+            label_noise: probability that chosen and rejected swap places.
+
+        Raises:
+            DataError: for an unknown axis, weights that are all zero or not finite, a label noise
+                outside [0, 1], or a prompt on which no preferred axis can vary.
+        """
+        weights = _weights(axes)
+        _check_noise(label_noise)
+        if not _varies(record, weights):
+            raise DataError(
+                "only 'declines' has a weight, but the prompt triggers no rule; weigh another axis "
+                "too, or use a record whose rule_triggered is true"
+            )
+        rng = Random(f"{self.seed}/pair/{record.key}")
+        tie = 1e-9 * sum(abs(weight) for weight in weights.values())
+        while True:
+            poles = [_draw_poles(record, rng) for _ in range(2)]
+            utilities = [_utility(drawn, weights) for drawn in poles]
+            if abs(utilities[0] - utilities[1]) > tie:
+                break
+        texts = [_write_response(record, drawn, rng) for drawn in poles]
+        flipped = Random(f"{self.seed}/noise/{record.key}").random() < label_noise
+        first_wins = (utilities[0] > utilities[1]) != flipped
+        chosen, rejected = (0, 1) if first_wins else (1, 0)
+        return PreferencePair(
+            prompt=record.text,
+            chosen=texts[chosen],
+            rejected=texts[rejected],
+            conversation=record.key,
+            source=f"synthetic:{self.seed}",
+            tags={
+                "topic": record.topic,
+                "split": record.split,
+                "rule_triggered": str(record.rule_triggered).lower(),
+                "axes": " ".join(f"{name}={weight:g}" for name, weight in weights.items()),
+                "flipped": str(flipped).lower(),
+                **{f"chosen.{name}": pole for name, pole in poles[chosen].items()},
+                **{f"rejected.{name}": pole for name, pole in poles[rejected].items()},
+            },
+        )
+
+    def pairs(
+        self,
+        n: int,
+        axes: Mapping[str, float] = POLITE,
+        topics: TopicChoice = "all",
+        label_noise: float = 0.0,
+    ) -> list[PreferencePair]:
+        """n preference pairs on different prompts; see `pair`.
+
+        Prompts on which no preferred axis can vary are passed over. Tags (all strings): topic,
+        split, rule_triggered, axes, flipped, and ``chosen.<axis>`` and ``rejected.<axis>``, the
+        poles of the two answers.
+
+        Raises:
+            DataError: as `pair` and `records`.
+        """
+        weights = _weights(axes)
+        _check_noise(label_noise)
+        usable = (r for r in self._records(_choose(topics)) if _varies(r, weights))
+        return [
+            replace(self.pair(record, weights, label_noise), row=row)
+            for row, record in enumerate(islice(usable, _size(n)))
+        ]
+
+    def score(self, text: str, axis: str) -> float:
+        """Score the first turn of any answer on one axis, in [-1, 1]; see `axes.score`.
+
+        Raises:
+            DataError: for an unknown axis.
+        """
+        return wording.score(text, _axis(axis).name)
+
+    def scores(self, text: str) -> dict[str, float]:
+        """Score the first turn of any answer on every axis."""
+        return {axis.name: wording.score(text, axis.name) for axis in AXES}
+
+    def _records(self, topics: tuple[Topic, ...]) -> Iterator[PromptRecord]:
+        """Yield prompts without end, each once."""
+        names = ",".join(topic.name for topic in topics)
+        seen: set[str] = set()
+        repeats = 0
+        for index in count():
+            record = _write_prompt(topics, Random(f"{self.seed}/prompt/{names}/{index}"))
+            if record.text in seen:
+                repeats += 1
+                if repeats > _MOST_REPEATS:
+                    raise DataError(
+                        f"the synthetic world has no more than {len(seen)} different prompts about "
+                        f"{names}; ask for fewer or allow more topics"
+                    )
+                continue
+            repeats = 0
+            seen.add(record.text)
+            yield record
+
+
+# ---------------------------------------------------------------------------------- arguments
+
+
+def _axis(name: str) -> Axis:
+    if name not in _AXES:
+        raise DataError(f"unknown preference axis {name!r}{did_you_mean(name, _AXES)}")
+    return _AXES[name]
+
+
+def _weights(axes: Mapping[str, float]) -> dict[str, float]:
+    """The axes with a weight other than 0."""
+    for name, weight in axes.items():
+        _axis(name)
+        if not math.isfinite(weight):
+            raise DataError(f"preference axis {name!r} needs a finite weight, not {weight}")
+    weights = {name: float(weight) for name, weight in axes.items() if weight}
+    if not weights:
+        raise DataError(
+            f"no preference axis has a weight in {dict(axes)}: give at least one that is not 0, "
+            "such as {'polite': 1.0}"
+        )
+    return weights
+
+
+def _check_noise(label_noise: float) -> None:
+    if not 0 <= label_noise <= 1:
+        raise DataError(f"label_noise is a probability in [0, 1], not {label_noise}")
+
+
+def _size(n: int) -> int:
+    if n < 0:
+        raise DataError(f"can't write {n} synthetic prompts; ask for 0 or more")
+    return n
+
+
+def _choose(choice: TopicChoice) -> tuple[Topic, ...]:
+    if isinstance(choice, str):
+        if choice not in ("all", "seen", "held_out"):
+            raise DataError(
+                f"topics {choice!r} is neither 'all', 'seen' nor 'held_out'; list single topics as "
+                f"[{choice!r}]"
+            )
+        return tuple(topic for topic in TOPICS if choice in ("all", topic.split))
+    for name in choice:
+        if name not in _TOPICS:
+            raise DataError(f"unknown topic {name!r}{did_you_mean(name, _TOPICS)}")
+    if not choice:
+        raise DataError("the list of topics is empty; name at least one, or 'all'")
+    return tuple(_TOPICS[name] for name in dict.fromkeys(choice))
+
+
+# ---------------------------------------------------------------------------------- preference
+
+
+def _varies(record: PromptRecord, weights: Mapping[str, float]) -> bool:
+    """Whether two answers can differ in utility."""
+    return record.rule_triggered or any(name != "declines" for name in weights)
+
+
+def _draw_poles(record: PromptRecord, rng: Random) -> dict[str, str]:
+    poles = {axis.name: axis.poles[rng.random() < 0.5] for axis in AXES}
+    if not record.rule_triggered:
+        poles["declines"] = "answers"
+    return poles
+
+
+def _utility(poles: Mapping[str, str], weights: Mapping[str, float]) -> float:
+    """Σ weight · score of an answer with these poles."""
+    return sum(w if poles[name] == _AXES[name].poles[0] else -w for name, w in weights.items())
+
+
+# ---------------------------------------------------------------------------------- grammar
+
+
+def _pick(options: Sequence[T], rng: Random) -> T:
+    """One option. `random()` alone has a sequence that Python guarantees across versions."""
+    return options[int(rng.random() * len(options))]
+
+
+def _take(options: Sequence[T], k: int, rng: Random) -> list[T]:
+    """k different options."""
+    left = list(options)
+    return [left.pop(int(rng.random() * len(left))) for _ in range(k)]
+
+
+def _write_prompt(topics: tuple[Topic, ...], rng: Random) -> PromptRecord:
+    topic = _pick(topics, rng)
+    earlier, entity = _take(topic.entities, 2, rng)
+    draw = rng.random()
+    word = ""
+    if draw < _QUIET_SHARE:
+        word = _pick(QUIET_WORDS, rng)
+    elif draw < _QUIET_SHARE + _OPEN_SHARE:
+        word = _pick(OPEN_WORDS, rng)
+    aspect = _pick(_ASPECTS, rng)
+    history = context = ""
+    if rng.random() < _TWO_TURN_SHARE:
+        asked = _pick(_ASPECTS, rng)
+        before = PromptRecord("", topic.name, topic.split, asked, earlier, "")
+        answer = _write_response(before, {**_draw_poles(before, rng), "brief": "brief"}, rng)
+        question = _write_question(topic, before, rng)
+        history = f"\n\nHuman: {question}\n\nAssistant:{answer}"
+        context = _pick(FOLLOW_UPS, rng) + " "
+    elif rng.random() < _CONTEXT_SHARE:
+        context = _pick(CONTEXTS, rng).format(topic=topic.name) + " "
+    draft = PromptRecord("", topic.name, topic.split, aspect, entity, word)
+    question = _write_question(topic, draft, rng)
+    return replace(draft, text=f"{history}\n\nHuman: {context}{question}\n\nAssistant:")
+
+
+def _write_question(topic: Topic, record: PromptRecord, rng: Random) -> str:
+    question = _pick(QUESTIONS[record.aspect], rng)
+    circumstance = ""
+    if rng.random() < _CIRCUMSTANCE_SHARE:
+        circumstance = f" {_pick(CIRCUMSTANCES, rng)}"
+    end = "." if question.startswith("Tell") else "?"
+    verb = topic.verbs.get(record.aspect, "")
+    return question.format(verb=verb, e=_thing(record)) + circumstance + end
+
+
+def _thing(record: PromptRecord) -> str:
+    return f"{record.word} {record.entity}".strip()
+
+
+def _write_response(record: PromptRecord, poles: Mapping[str, str], rng: Random) -> str:
+    """Opening, advice and closing, each worded by the poles."""
+    side = {axis.name: axis.poles.index(poles[axis.name]) for axis in AXES}
+    end = ".!"[poles["enthusiastic"] == "enthusiastic"]
+    advice = _write_advice(record, declines=poles["declines"] == "declines", rng=rng)
+    if poles["brief"] == "brief":
+        advice = advice[:1]
+    subject = _pick(wording.SUBJECTS[side["personal"]], rng)
+    sentences = [_pick(wording.OPENINGS[side["polite"]], rng) + end]
+    for number, phrase in enumerate(advice):
+        clause = f"{subject} {_pick(wording.MODALS[side['hedged']], rng)} {phrase}"
+        if number == 0:
+            clause = f"{_pick(wording.ADVERBS[side['hedged']], rng)} {clause}"
+            clause += f", {_pick(wording.SOURCES[side['sourced']], rng)}"
+        if poles["numbered"] == "numbered":
+            clause = clause[0].upper() + clause[1:]
+        sentences.append(f"{wording.ORDINALS[side['numbered']][number]} {clause}{end}")
+    interjection = _pick(wording.INTERJECTIONS[side["enthusiastic"]], rng)
+    closing = _pick(wording.CLOSINGS[side["asking"]], rng)
+    sentences.append(f"{interjection}, {closing}{'?' if poles['asking'] == 'asking' else end}")
+    return " " + " ".join(sentences)
+
+
+def _write_advice(record: PromptRecord, *, declines: bool, rng: Random) -> list[str]:
+    """Three verb phrases, the first of which meets the question."""
+    if declines:
+        citation = _pick(wording.CITATIONS, rng).format(w=record.word)
+        others = _take(wording.REDIRECTIONS, 2, rng)
+        return [citation, *(o.format(topic=record.topic, e=record.entity) for o in others)]
+    facts = _TOPICS[record.topic].facts
+    asked = _pick(facts[record.aspect], rng)
+    aspects = _take([aspect for aspect in _ASPECTS if aspect != record.aspect], 2, rng)
+    others = [_pick(facts[aspect], rng) for aspect in aspects]
+    later = [o.format(e=record.entity if " of {e}" in o else _pronoun(record)) for o in others]
+    return [asked.format(e=_thing(record)), *later]
+
+
+def _pronoun(record: PromptRecord) -> str:
+    plural = record.entity.endswith("s") or record.entity in PLURALS_WITHOUT_S
+    return "them" if plural else "it"
