@@ -111,11 +111,27 @@ def read_json(path: Path) -> Json:
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Json] | None = None
 ) -> None:
-    """Write named arrays as safetensors, atomically; metadata values are JSON-encoded."""
+    """Write named arrays as safetensors, atomically; metadata values are JSON-encoded.
+
+    The same arrays and metadata give the same bytes.
+    """
     packed = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     text = {key: json.dumps(_plain(item), sort_keys=True) for key, item in (metadata or {}).items()}
     with atomic_path(path) as temporary:
-        save_file(packed, temporary, metadata=text)
+        save_file(packed, temporary, metadata=text or None)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata in order, in place: the library writes it in any order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:

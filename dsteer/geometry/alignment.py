@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsteer.errors import MeasurementError
-from dsteer.geometry.displacement import as_matrix, as_vector
+from dsteer.geometry.displacement import as_matrix, as_numbers, as_vector
 
 
 def cosine_to(
@@ -27,7 +27,9 @@ def cosine_to(
     """
     rows, v = as_matrix(delta, "delta"), as_vector(vector)
     if rows.shape[1] != v.size:
-        raise MeasurementError(f"vector: width {v.size}, but the displacements have {rows.shape[1]}")
+        raise MeasurementError(
+            f"vector: width {v.size}, but the displacements have {rows.shape[1]}"
+        )
     return torch.from_numpy(_cosines(rows @ v, np.linalg.norm(rows, axis=1), np.linalg.norm(v)))
 
 
@@ -54,6 +56,29 @@ def cosine_to_mean(
     others = total - rows
     dots = np.einsum("nd,nd->n", rows, others)
     return torch.from_numpy(_cosines(dots, norms, np.linalg.norm(others, axis=1)))
+
+
+def histogram_mode(
+    cosines: Float[Tensor, " n"] | Float[np.ndarray, " n"], bins: int = 100
+) -> float | None:
+    """Where a histogram of cosines peaks: the centre of its fullest bin over [−1, 1].
+
+    The paper reports its cosines by this number (Fig. 3). It is known only to a bin (2/bins wide);
+    of equally full bins the lowest counts.
+
+    Returns:
+        None where no cosine is defined (NaN is left out).
+
+    Raises:
+        MeasurementError: not one-dimensional, or empty.
+    """
+    values = as_numbers(cosines, "cosines")
+    values = values[~np.isnan(values)]
+    if not values.size:
+        return None
+    counts, edges = np.histogram(values, bins, (-1.0, 1.0))
+    fullest = int(counts.argmax())
+    return float(edges[fullest] + edges[fullest + 1]) / 2
 
 
 def _cosines(dots: np.ndarray, norms: np.ndarray, other: np.ndarray | np.floating) -> np.ndarray:

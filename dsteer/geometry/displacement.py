@@ -13,7 +13,7 @@ from torch import Tensor
 from dsteer.errors import MeasurementError
 
 INERT_BELOW = 0.1
-"""Share of an orthogonal shift's effect below which a shift counts as inert (see :func:`radial`)."""
+"""A shift with less than this share of an orthogonal shift's effect is inert (:func:`radial`)."""
 
 
 def as_matrix(states: object, name: str = "states") -> np.ndarray:
@@ -34,7 +34,18 @@ def as_vector(vector: object, name: str = "vector") -> np.ndarray:
     return _checked(vector, name, ("d",))
 
 
-def _checked(values: object, name: str, axes: tuple[str, ...]) -> np.ndarray:
+def as_numbers(values: object, name: str) -> np.ndarray:
+    """Check a list of numbers and return it as a float64 array (n,); NaN and infinities pass.
+
+    Raises:
+        MeasurementError: not one-dimensional, empty, or not real numbers.
+    """
+    return _checked(values, name, ("n",), finite=False)
+
+
+def _checked(
+    values: object, name: str, axes: tuple[str, ...], *, finite: bool = True
+) -> np.ndarray:
     if isinstance(values, Tensor):
         values = values.detach().to("cpu")
         if values.is_floating_point():
@@ -52,7 +63,7 @@ def _checked(values: object, name: str, axes: tuple[str, ...]) -> np.ndarray:
             + ("; give one row a prompt" if len(axes) == 2 else "")
         )
     array = array.astype(np.float64, copy=False)
-    if not np.isfinite(array).all():
+    if finite and not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).sum())
         raise MeasurementError(
             f"{name}: {bad} of {array.size} numbers are not finite; read the states in float32 or "
@@ -119,7 +130,9 @@ def shared_share(delta: Float[Tensor, "n d"] | Float[np.ndarray, "n d"]) -> Shar
         MeasurementError: ``delta`` is malformed or not finite.
     """
     rows = as_matrix(delta, "delta")
-    return share_from_sums(float(np.square(rows.sum(axis=0)).sum()), float(np.vdot(rows, rows)), len(rows))
+    return share_from_sums(
+        float(np.square(rows.sum(axis=0)).sum()), float(np.vdot(rows, rows)), len(rows)
+    )
 
 
 def share_from_sums(squared_sum: float, sum_of_squares: float, n: int) -> SharedShare:
@@ -194,7 +207,9 @@ def strengths_along(
     """
     rows, v = as_matrix(delta, "delta"), as_vector(vector)
     if rows.shape[1] != v.size:
-        raise MeasurementError(f"vector: width {v.size}, but the displacements have {rows.shape[1]}")
+        raise MeasurementError(
+            f"vector: width {v.size}, but the displacements have {rows.shape[1]}"
+        )
     squared = float(v @ v)
     return None if squared == 0 else torch.from_numpy(rows @ v / squared)
 

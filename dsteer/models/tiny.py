@@ -42,8 +42,8 @@ def build_tokenizer(
     """Learn a byte-level BPE tokenizer.
 
     Every text round-trips, whatever its bytes. Encoding puts one BOS in front. The hh-rlhf markers
-    ``\\n\\nHuman:`` and ``\\n\\nAssistant:`` are one token each, so a prompt that ends with one always
-    ends on a token boundary.
+    ``\\n\\nHuman:`` and ``\\n\\nAssistant:`` are one token each, so a prompt that ends with one
+    always ends on a token boundary.
 
     Args:
         texts: what the merges are learned from.
@@ -92,8 +92,8 @@ def build_model(
     head = config.hidden_size // config.num_attention_heads
     if head % 2:
         raise ConfigError(
-            f"base.model.hidden_size: {config.hidden_size} over {config.num_attention_heads} heads is "
-            f"{head} a head, and rotary positions need an even number; choose a multiple of "
+            f"base.model.hidden_size: {config.hidden_size} over {config.num_attention_heads} heads "
+            f"is {head} a head, and rotary positions need an even number; choose a multiple of "
             f"{2 * config.num_attention_heads}"
         )
     shape = LlamaConfig(

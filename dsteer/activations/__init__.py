@@ -1,0 +1,1 @@
+"""Paired hidden states: where and how they are read, and how they are kept."""

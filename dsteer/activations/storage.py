@@ -1,0 +1,269 @@
+"""States in memory or on disk: written row by row, read site by site."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dsteer.errors import StoreError
+from dsteer.store import Json, read_metadata
+
+
+class States(Mapping[str, Tensor]):
+    """Site → float32 states (N, d). Stored ones are read from disk when asked for, and not kept.
+
+    Args:
+        sites: the sites, in order.
+        start: first row shown.
+        stop: row after the last one shown.
+        read: gives rows a … b − 1 of a site.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[str],
+        start: int,
+        stop: int,
+        read: Callable[[str, int, int], Tensor],
+    ) -> None:
+        self._sites = tuple(sites)
+        self._start, self._stop = start, stop
+        self._read = read
+
+    @classmethod
+    def hold(cls, tensors: Mapping[str, Float[Tensor, "n d"]]) -> States:
+        """States that are in memory."""
+        rows = len(next(iter(tensors.values())))
+        return cls(tuple(tensors), 0, rows, lambda site, a, b: tensors[site][a:b])
+
+    @classmethod
+    def open(cls, path: Path) -> States:
+        """States of a safetensors file.
+
+        Raises:
+            StoreError: the file is missing or malformed.
+        """
+
+        def read(site: str, start: int, stop: int) -> Tensor:
+            with safe_open(path, framework="pt") as file:
+                rows: Tensor = file.get_slice(site)[start:stop]
+                return rows
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                sites = sorted(file.keys(), key=_site_order)
+                rows = file.get_slice(sites[0]).get_shape()[0]
+        except FileNotFoundError:
+            raise StoreError(f"{path}: no such file; run the stage that writes it") from None
+        except SafetensorError as error:
+            raise StoreError(f"{path}: not a safetensors file ({error})") from None
+        return cls(sites, 0, rows, read)
+
+    def rows(self, site: str, start: int, stop: int) -> Float[Tensor, "n d"]:
+        """Rows start … stop − 1 of a site."""
+        if site not in self._sites:
+            raise KeyError(site)
+        first = self._start + start
+        return self._read(site, first, max(first, min(self._start + stop, self._stop)))
+
+    def window(self, start: int, stop: int) -> States:
+        """The same states, but only these rows."""
+        return States(self._sites, self._start + start, self._start + stop, self._read)
+
+    @property
+    def n(self) -> int:
+        """Rows of every site."""
+        return self._stop - self._start
+
+    def __getitem__(self, site: str) -> Float[Tensor, "n d"]:
+        return self.rows(site, 0, self.n)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+
+def _site_order(site: str) -> tuple[bool, int]:
+    head, _, block = site.partition(".")
+    return head != "resid_post", int(block or 0)
+
+
+class MemorySink:
+    """Keeps states in memory."""
+
+    def __init__(self, sites: Sequence[str], rows: int, width: int) -> None:
+        self.done: set[int] = set()
+        self.tensors = {site: torch.empty(rows, width) for site in sites}
+
+    def put(self, batch: int, spans: Sequence[range], states: Mapping[str, Tensor]) -> None:
+        """Keep the states of one batch: for each of its prompts a span of rows, end to end."""
+        rows = torch.tensor([row for span in spans for row in span])
+        for site, tensor in self.tensors.items():
+            tensor[rows] = states[site]
+        self.done.add(batch)
+
+
+class FileSink:
+    """Writes states into a safetensors file of known size; a kill loses at most one batch.
+
+    The file is laid out in full under the name ``X.partial`` and filled row by row. Behind each
+    batch, once its rows are on the disk, its number goes into ``X.journal``. :meth:`finish` gives
+    the file its name. The plan stands in the file's metadata: work of another plan is redone.
+
+    Args:
+        path: the final name.
+        sites: keys, in order.
+        rows: N.
+        width: d.
+        metadata: what the file says of itself; ``plan`` in it names the work exactly.
+        resume: whether work of the same plan may be continued.
+
+    Raises:
+        StoreError: the disk is full or can't be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        sites: Sequence[str],
+        rows: int,
+        width: int,
+        metadata: Mapping[str, Json],
+        *,
+        resume: bool = True,
+    ) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._journal = path.with_name(path.name + ".journal")
+        self._bytes = width * 4
+        self.complete = resume and _plan_of(path) == metadata["plan"]
+        self.done: set[int] = set()
+        if self.complete:
+            self._journal.unlink(missing_ok=True)  # a kill may have left it behind
+            return
+        header, self._start = _lay_out(sites, rows, width, metadata)
+        size = len(header) + len(sites) * rows * self._bytes
+        if resume and self._begins_with(header):
+            self.done = self._read_journal()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            self._journal.unlink(missing_ok=True)
+            if not self.done:
+                with self._partial.open("wb") as file:
+                    file.write(header)
+                    _reserve(file.fileno(), size)
+            self._file = self._partial.open("r+b")
+            self._lines = self._journal.open("w", encoding="ascii")
+            self._lines.writelines(f"{batch}\n" for batch in sorted(self.done))
+        except OSError as error:
+            raise _unwritable(self._partial, error) from None
+
+    def put(self, batch: int, spans: Sequence[range], states: Mapping[str, Tensor]) -> None:
+        """Write the states of one batch: for each of its prompts a span of rows, end to end."""
+        try:
+            for site, tensor in states.items():
+                block = memoryview(tensor.contiguous().numpy().tobytes())
+                taken = 0
+                for span in spans:
+                    length = len(span) * self._bytes
+                    at = self._start[site] + span.start * self._bytes
+                    _write_all(self._file.fileno(), block[taken : taken + length], at)
+                    taken += length
+            os.fsync(self._file.fileno())
+            self._lines.write(f"{batch}\n")
+            self._lines.flush()
+            os.fsync(self._lines.fileno())
+        except OSError as error:
+            raise _unwritable(self._partial, error) from None
+        self.done.add(batch)
+
+    def finish(self) -> None:
+        """Give the complete file its name."""
+        if self.complete:
+            return
+        self._close()
+        self._partial.replace(self._path)
+        self._journal.unlink(missing_ok=True)
+        self.complete = True
+
+    def __enter__(self) -> FileSink:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self.complete:
+            self._close()
+
+    def _close(self) -> None:
+        self._file.close()
+        self._lines.close()
+
+    def _begins_with(self, header: bytes) -> bool:
+        try:
+            with self._partial.open("rb") as file:
+                return file.read(len(header)) == header
+        except FileNotFoundError:
+            return False
+
+    def _read_journal(self) -> set[int]:
+        """Numbers of finished batches; a last line that the kill cut off does not count."""
+        try:
+            lines = self._journal.read_text(encoding="ascii").splitlines(keepends=True)
+        except FileNotFoundError:
+            return set()
+        return {int(line) for line in lines if line.endswith("\n")}
+
+
+def _plan_of(path: Path) -> Json:
+    return read_metadata(path).get("plan") if path.is_file() else None
+
+
+def _lay_out(
+    sites: Sequence[str], rows: int, width: int, metadata: Mapping[str, Json]
+) -> tuple[bytes, dict[str, int]]:
+    """The safetensors header, and the offset in the file at which each site begins."""
+    size = rows * width * 4
+    entries: dict[str, Json] = {
+        "__metadata__": {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+    }
+    for number, site in enumerate(sites):
+        offsets = [number * size, (number + 1) * size]
+        entries[site] = {"dtype": "F32", "shape": [rows, width], "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {site: len(header) + number * size for number, site in enumerate(sites)}
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the space now, so that a full disk shows before the work and not after it."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
+
+
+def _write_all(descriptor: int, block: memoryview, offset: int) -> None:
+    while block:
+        written = os.pwrite(descriptor, block, offset)
+        block, offset = block[written:], offset + written
+
+
+def _unwritable(path: Path, error: OSError) -> StoreError:
+    reason = error.strerror or type(error).__name__
+    return StoreError(f"{path}: can't be written ({reason}); free space, or choose another folder")

@@ -1,0 +1,202 @@
+"""Find the parts of a language model that states are read from and written to."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsteer.errors import ModelError
+from dsteer.models.load import Model
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a decoder-only language model. Every number comes from the model itself.
+
+    Attributes:
+        decoder: the model without its head; called with ids it returns the final_norm states first.
+        blocks: its blocks, in order; block k writes resid_post.k.
+        final_norm: the norm after the last block, whose output the unembedding reads.
+        width: d, the width of the residual stream.
+        n_blocks: L.
+        input_embedding: the token embedding.
+        output_embedding: the unembedding; None if the model has none.
+        tied: whether both embeddings are one tensor.
+        max_positions: the longest sequence that the model was made for; None if it has no limit.
+        device: where the token ids must be.
+        dtype: what the model computes in, that of its token embedding.
+    """
+
+    decoder: nn.Module
+    blocks: nn.ModuleList
+    final_norm: nn.Module
+    width: int
+    n_blocks: int
+    input_embedding: nn.Module
+    output_embedding: nn.Module | None
+    tied: bool
+    max_positions: int | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: Model) -> Anatomy:
+        """Find the parts of a model (of a PEFT model, those of the model inside it).
+
+        Raises:
+            ModelError: the model is compiled, is no decoder-only transformers model, steers through
+                learned prompts, or keeps its residual stream in another form than (B, T, d).
+        """
+        name = model_name(model)
+        _refuse(model, name)
+        text = text_config(model.config)
+        decoder = model.get_decoder()
+        n_blocks, width = int(text.num_hidden_layers), int(text.hidden_size)
+        if getattr(text, "altup_num_inputs", 1) > 1:
+            raise ModelError(
+                f"{name}: {text.model_type} carries {text.altup_num_inputs} residual streams at "
+                "once; expected one state a token"
+            )
+        holder, blocks = _find_blocks(decoder, n_blocks, name)
+        input_embedding = model.get_input_embeddings()
+        output_embedding = model.get_output_embeddings()
+        return cls(
+            decoder=decoder,
+            blocks=blocks,
+            final_norm=_find_final_norm(holder, name),
+            width=width,
+            n_blocks=n_blocks,
+            input_embedding=input_embedding,
+            output_embedding=output_embedding,
+            tied=output_embedding is not None
+            and output_embedding.weight.data_ptr() == input_embedding.weight.data_ptr(),
+            max_positions=max_positions(model.config),
+            device=input_embedding.weight.device,
+            dtype=input_embedding.weight.dtype,
+        )
+
+    @staticmethod
+    def read(output: object) -> Tensor:
+        """The state in what a block returned: the output itself, or the first part of a tuple.
+
+        Raises:
+            ModelError: it is no state of shape (B, T, d).
+        """
+        state = output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(state, Tensor) or state.ndim != 3:
+            shape = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise ModelError(
+                f"a block returned {shape}; expected a state of shape (batch, tokens, width)"
+            )
+        return state
+
+    @staticmethod
+    def write(output: Any, state: Tensor) -> Any:
+        """What a block returned, with its state replaced."""
+        if isinstance(output, tuple | list):
+            return type(output)((state, *output[1:]))
+        return state
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block in evaluation mode and without gradients; training flags return afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the text decoder; all of it, unless multimodal."""
+    return config.get_text_config(decoder=True)
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest sequence that a model was made for; None if its config says nothing.
+
+    Of a model with dynamic RoPE it is the length of pre-training: what such a model computes for
+    longer sequences depends on those that it has seen before.
+    """
+    text = text_config(config)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic" and rope.get("original_max_position_embeddings"):
+        return int(rope["original_max_position_embeddings"])
+    for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
+        limit = getattr(text, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
+
+
+def model_name(model: Model) -> str:
+    """How messages name a model: its hub id or folder, else its class."""
+    return str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
+
+
+def _refuse(model: Model, name: str) -> None:
+    compiled = [
+        module
+        for module in model.modules()
+        if hasattr(module, "_orig_mod")  # what torch.compile(model) wraps
+        or getattr(module, "_compiled_call_impl", None) is not None  # model.compile()
+    ]
+    if compiled:
+        raise ModelError(
+            f"{name}: the model is compiled, and compiled code may skip hooks; pass the model as "
+            "it was before torch.compile"
+        )
+    if not hasattr(model, "get_decoder") or not hasattr(model, "config"):
+        raise ModelError(
+            f"{name} is no transformers language model (it has no get_decoder); expected what "
+            "AutoModelForCausalLM loads"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder model; expected a decoder-only one")
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        raise ModelError(
+            f"{name}: its adapter ({adapter.peft_type}) works by learned prompts, not by weights, "
+            "so it has no states on the same ids; expected a LoRA-like adapter"
+        )
+
+
+def _find_blocks(decoder: nn.Module, n_blocks: int, name: str) -> tuple[nn.Module, nn.ModuleList]:
+    """The shallowest list of ``num_hidden_layers`` modules, and the module that holds it."""
+    found: list[tuple[int, nn.Module, nn.ModuleList]] = []
+    for path, holder in decoder.named_modules():
+        for child in holder.children():
+            if isinstance(child, nn.ModuleList) and len(child) == n_blocks:
+                found.append((path.count(".") + bool(path), holder, child))
+    nearest = [item for item in found if item[0] == min(depth for depth, _, _ in found)]
+    if len(nearest) != 1:
+        raise ModelError(
+            f"{name}: {len(nearest)} lists of {n_blocks} modules could be its blocks; expected "
+            f"exactly one in {type(decoder).__name__}"
+        )
+    _, holder, blocks = nearest[0]
+    return holder, blocks
+
+
+def _find_final_norm(holder: nn.Module, name: str) -> nn.Module:
+    """The one norm beside the blocks that does not belong to the embedding."""
+    norms = [
+        child
+        for attribute, child in holder.named_children()
+        if "norm" in type(child).__name__.lower() and "embed" not in attribute
+    ]
+    if len(norms) != 1:
+        raise ModelError(
+            f"{name}: {len(norms)} norms stand beside the blocks of {type(holder).__name__}; "
+            "expected exactly one, after the last block"
+        )
+    return norms[0]

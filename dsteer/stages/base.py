@@ -1,0 +1,91 @@
+"""Train a tiny base model and its tokenizer on the training split."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+from dsteer.config import resolved
+from dsteer.data.jsonl import read_pairs
+from dsteer.errors import ConfigError
+from dsteer.models.load import quiet, resolve_device
+from dsteer.models.tiny import build_model, build_tokenizer
+from dsteer.report.figures import draw_result
+from dsteer.stages import StageContext
+from dsteer.store import Json, atomic_folder
+from dsteer.training.language_model import (
+    mean_loss,
+    pack,
+    preference_texts,
+    train_language_model,
+)
+
+
+def run(context: StageContext) -> Json:
+    """Train, save ``model/``, and measure the loss on the tune split.
+
+    Raises:
+        ConfigError: context_length is longer than the model can read.
+    """
+    config = context.config.base
+    assert config is not None
+    length, reach = config.context_length, config.model.max_position_embeddings
+    if length > reach:
+        raise ConfigError(
+            f"base.context_length: {length} tokens, but base.model.max_position_embeddings is "
+            f"{reach}; lower the one or raise the other"
+        )
+    data = context.input("data")
+    texts = preference_texts(read_pairs(data / "train.jsonl"))
+    tokenizer = build_tokenizer(texts, config.model.vocab_size, reach)
+    blocks = pack(texts, tokenizer, length, context.seed("pack"))
+    model = build_model(config.model, tokenizer, context.seed("init"))
+    checkpoints = context.folder / "checkpoints"
+    trained = train_language_model(
+        model,
+        blocks,
+        config,
+        checkpoint=checkpoints / "base.safetensors",
+        seed=context.seed("order"),
+        device=resolve_device(context.config.models.device),
+        reporter=context.reporter,
+    )
+    with quiet(), atomic_folder(context.folder / "model") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    notes = []
+    if len(tokenizer) < config.model.vocab_size:
+        notes.append(
+            f"The texts gave {len(tokenizer)} tokens, fewer than the {config.model.vocab_size} "
+            "asked for."
+        )
+    heldout = preference_texts(read_pairs(data / "tune.jsonl"))
+    heldout_loss = None
+    if heldout:
+        held = pack(heldout, tokenizer, length, context.seed("pack"))
+        heldout_loss = mean_loss(model, held, config.batch_size)
+    else:
+        notes.append("The tune split has no answers, so there is no held-out loss.")
+    embedding = model.get_input_embeddings().weight.numel()
+    tied = config.model.tie_word_embeddings
+    parameters = {
+        "total": sum(parameter.numel() for parameter in model.parameters()),
+        "embedding": embedding if tied else 2 * embedding,
+    }
+    result = {
+        "parameters": parameters,
+        "architecture": {**resolved(config.model), "vocab_size": len(tokenizer)},
+        "tokens_seen": trained.tokens_seen,
+        "epochs": trained.tokens_seen / blocks.numel(),
+        "curve": trained.curve,
+        "heldout_loss": heldout_loss,
+        "headline": {
+            "parameters": parameters["total"],
+            "heldout_perplexity": None if heldout_loss is None else math.exp(heldout_loss),
+        },
+        "notes": notes,
+    }
+    draw_result("base", result, context.folder)
+    shutil.rmtree(checkpoints)
+    return result

@@ -1,0 +1,1 @@
+"""Steering vectors: what they are, and how they are built from paired activations."""

@@ -1,0 +1,1 @@
+"""Training: the tiny base as a language model, and DPO through TRL (the only user of TRL)."""
