@@ -292,7 +292,6 @@ class SpectrumConfig(Section):
 
     top: PositiveInt = Field(5, description="Singular values that figure 4b shows.")
     power: Literal[1, 2] = Field(2, description="p of the spectral entropy's weights σ^p.")
-    bootstrap: PositiveInt = 200
     confidence: float = Field(0.95, gt=0.5, lt=1)
 
 

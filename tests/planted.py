@@ -1,8 +1,8 @@
 """Pairs of tiny models whose answer is known.
 
-The base is a random Llama whose MLPs have biases (zeros); the tuned model is the base with a constant
-vector b added to the bias of one block's last projection. So block ℓ writes b more into the residual
-stream at every position: the displacement is 0 before ℓ and b at ℓ.
+The base is a random Llama whose MLPs have biases (zeros); the tuned model is the base with a
+constant vector b added to the bias of one block's last projection. So block ℓ writes b more into
+the residual stream at every position: the displacement is 0 before ℓ and b at ℓ.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def planted_pair(block: int, seed: int = 0, size: float = 2.0, **changes: object
 PROMPTS = (
     "\n\nHuman: How do I boil an egg?\n\nAssistant:",
     "\n\nHuman: Hi\n\nAssistant:",
-    "\n\nHuman: Name three rivers, please.\n\nAssistant: The Nile.\n\nHuman: Two more?\n\nAssistant:",
+    "\n\nHuman: Name three rivers.\n\nAssistant: The Nile.\n\nHuman: Two more?\n\nAssistant:",
     "\n\nHuman: What is a lemma?\n\nAssistant:",
     "\n\nHuman: Tell me about bees and how they find their way home.\n\nAssistant:",
     "a",

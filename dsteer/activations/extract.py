@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsteer.activations.reading import Reading, row_offsets
-from dsteer.activations.sites import RESPONSES, Position
+from dsteer.activations.sites import RESPONSES
 from dsteer.activations.storage import States
-from dsteer.data.tokens import Encoded, Template, encode
+from dsteer.data.tokens import Encoded, encode
 from dsteer.data.types import PreferencePair, Prompt
 from dsteer.errors import DataError
 from dsteer.models.pair import ModelPair, Which
@@ -40,7 +40,7 @@ class PairedActivations:
     base: States
     tuned: States
     sites: tuple[str, ...]
-    position: Position
+    position: str
     encoded: tuple[Encoded, ...]
     offsets: tuple[int, ...]
 
@@ -78,7 +78,7 @@ class PairedActivations:
         """
         base = States.open(folder / "base.safetensors")
         tuned = States.open(folder / "tuned.safetensors")
-        position: Position = read_metadata(folder / "base.safetensors")["position"]
+        position: str = read_metadata(folder / "base.safetensors")["position"]
         encoded = read_ids(folder / "ids.safetensors")
         offsets = row_offsets(encoded, position)
         return cls(base, tuned, tuple(base), position, tuple(encoded), offsets)
@@ -122,8 +122,8 @@ def extract(
     prompts: Sequence[Prompt | PreferencePair] | Sequence[Encoded],
     *,
     sites: str | Sequence[str] = "all",
-    position: Position = "prompt_last",
-    template: Template = "none",
+    position: str = "prompt_last",
+    template: str = "none",
     batch_tokens: int | None = None,
     max_tokens: int | None = None,
     folder: Path | None = None,
@@ -175,8 +175,8 @@ def encode_for(
     pair: ModelPair,
     prompts: Sequence[Prompt | PreferencePair] | Sequence[Encoded],
     *,
-    position: Position = "prompt_last",
-    template: Template = "none",
+    position: str = "prompt_last",
+    template: str = "none",
     max_tokens: int | None = None,
     response_tokens: int | None = None,
 ) -> list[Encoded]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsteer import __version__
 from dsteer.activations.batching import Batch, default_budget, pad_right, plan_batches
 from dsteer.activations.capture import Select, read_batch, select_means, select_tokens
-from dsteer.activations.sites import FINAL_NORM, MEANS, Position, resolve_sites, token_ranges
+from dsteer.activations.sites import FINAL_NORM, MEANS, resolve_sites, token_ranges
 from dsteer.activations.storage import FileSink, MemorySink, States
 from dsteer.data.tokens import Encoded, hash_ids
 from dsteer.errors import DataError, MeasurementError, ModelError
@@ -30,7 +30,6 @@ from dsteer.store import hash_json
 _PADDING_ERROR = {torch.float32: 1e-4}
 _PADDING_ERROR_LOW_PRECISION = 5e-2
 _PROBE_PADDING = 16
-
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Reading:
     encoded: Sequence[Encoded]
     ranges: Sequence[range]
     sites: tuple[str, ...]
-    position: Position
+    position: str
     width: int
     batch_tokens: int | None
 
@@ -60,7 +59,7 @@ class Reading:
         encoded: Sequence[Encoded],
         *,
         sites: str | Sequence[str] = "all",
-        position: Position = "prompt_last",
+        position: str = "prompt_last",
         batch_tokens: int | None = None,
     ) -> Reading:
         """Check what is asked for against what both models of a pair have.
@@ -237,7 +236,7 @@ def sample_weights(model: Model, count: int = 1024) -> str:
     return digest.hexdigest()
 
 
-def row_offsets(encoded: Sequence[Encoded], position: Position) -> tuple[int, ...]:
+def row_offsets(encoded: Sequence[Encoded], position: str) -> tuple[int, ...]:
     """Rows of prompt i are offsets[i] … offsets[i+1] − 1."""
     if position in MEANS:
         return tuple(range(len(encoded) + 1))

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
-from dsteer.config import Position as ConfiguredPosition
+from dsteer.config import Position
 from dsteer.data.tokens import Encoded
 from dsteer.errors import ConfigError, DataError, did_you_mean
 
 FINAL_NORM = "final_norm"
 """The state after the last norm, which the unembedding reads."""
 
-Position = ConfiguredPosition | Literal["response_predictors"]
+POSITIONS: tuple[str, ...] = (*get_args(Position), "response_predictors")
 """The positions of a pipeline, and those whose final_norm states predict each answer token."""
 
 MEANS = frozenset({"prompt_mean", "response_mean"})
 RESPONSES = frozenset({"response_last", "response_mean", "response_predictors"})
-POSITIONS: tuple[str, ...] = tuple(
-    name for union in get_args(Position) for name in (get_args(union) or (union,))
-)
 
 _BLOCK = re.compile(r"resid_post\.(0|[1-9]\d*)")
 
@@ -72,7 +69,7 @@ def resolve_sites(sites: str | Sequence[str], n_blocks: int) -> tuple[str, ...]:
     return tuple(site for site in known if site in wanted)
 
 
-def token_ranges(encoded: Sequence[Encoded], position: Position) -> list[range]:
+def token_ranges(encoded: Sequence[Encoded], position: str) -> list[range]:
     """The tokens of each prompt whose states a position reads (or averages, for the means).
 
     With p prompt tokens and n in all: ``prompt_last`` reads token p − 1, ``prompt_mean`` averages

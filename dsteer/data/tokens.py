@@ -12,12 +12,10 @@ from jinja2 import TemplateError
 
 from dsteer.data.transcript import ASSISTANT, HUMAN, parse_transcript, render_transcript
 from dsteer.data.types import Message, PreferencePair, Prompt
-from dsteer.errors import DataError, ModelError
+from dsteer.errors import ConfigError, DataError, ModelError
 
 Tokenizer = Any
 """A transformers tokenizer."""
-
-Template = Literal["none", "chat"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ def encode(
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt | PreferencePair],
     *,
-    template: Template = "none",
+    template: str = "none",
     max_tokens: int | None = None,
     response: Literal["chosen"] | None = None,
     response_tokens: int | None = None,
@@ -65,10 +63,13 @@ def encode(
         response_tokens: keep only so many tokens of the answer.
 
     Raises:
+        ConfigError: ``template`` is neither.
         ModelError: ``template="chat"`` and the tokenizer has no chat template.
         DataError: a prompt without tokens or answer, one that the template refuses, or one that
             does not fit into ``max_tokens`` beside its answer.
     """
+    if template not in {"none", "chat"}:
+        raise ConfigError(f"template {template!r}: no such template; expected none or chat")
     if template == "chat" and not has_template(tokenizer):
         raise ModelError(
             f"tokenizer {_name(tokenizer)} has no chat template, and template is 'chat'; use "
@@ -121,9 +122,7 @@ def _prompt_of(prompt: Prompt | PreferencePair) -> Prompt:
     return prompt.prompt if isinstance(prompt, PreferencePair) else prompt
 
 
-def _render(
-    tokenizer: Tokenizer, prompt: Prompt, template: Template, number: int
-) -> tuple[str, bool]:
+def _render(tokenizer: Tokenizer, prompt: Prompt, template: str, number: int) -> tuple[str, bool]:
     """The text of a prompt, and whether a chat template wrote it (special tokens included)."""
     if isinstance(prompt, str):
         if template == "none":

@@ -9,9 +9,11 @@ Both spectra, uncentred and centred, come from one Gram matrix and one tridiagon
    has N‖μ‖² more in one entry.
 3. Householder reduction to a tridiagonal T leaves the first axis alone. So T without that row and
    column (N ≤ d), or without that entry (N > d), has the centred eigenvalues, and T the uncentred.
-
-A Gram matrix squares the values: σ is off by about √k ε σ₁²/σ. Where that could exceed 1e-10 σ₁
-(small σ beside σ₁), the values come from a direct singular value decomposition.
+4. The eigenvalues of T are computed to high relative accuracy (through its Cholesky factor), so
+   that a large entry of the mean costs the small ones nothing either. What remains is the rounding
+   of the Gram matrix of C, at most 3√k ε σ₁² of C with k = min(N, d) (measured: 2√k ε σ₁² over
+   flat, graded and shifted spectra of up to 2000 rows), which moves σ by 1.5√k ε σ₁²/σ. Where that
+   could exceed 1e-10 of the largest σ, the values come from a direct decomposition instead.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.linalg import blas, eigh_tridiagonal, eigvalsh_tridiagonal, lapack
+from scipy.linalg import blas, eigh_tridiagonal, lapack
 from torch import Tensor
 
 from dsteer.geometry.displacement import as_matrix
@@ -161,27 +163,16 @@ def _measure(rows: np.ndarray, wanted: tuple[bool, ...]) -> list[Spectrum]:
     out = []
     for centred in wanted:
         matrix = rest if centred else rows
-        count = min(n - 1, d) if centred else min(n, d)  # the rank that the shape allows
-        squared = reduced.eigenvalues(centred)[::-1][:count]
-        sigma = np.zeros(min(n, d))
-        sigma[:count] = np.sqrt(np.clip(squared, 0.0, None))
-        if size == 0 or not matrix.any():
-            sigma[:], first = 0.0, None
-        else:
+        sigma, first = np.zeros(min(n, d)), None
+        if size > 0 and matrix.any():
             first = torch.from_numpy(reduced.first_right(centred, matrix))
-            if not _trusted(sigma[:count]):
+            squared = reduced.eigenvalues(centred)
+            if squared is None:
                 sigma = np.linalg.svd(matrix, compute_uv=False)
+            else:  # centring N ≤ d rows leaves N − 1 values, and one that is exactly 0
+                sigma[: len(squared)] = np.sqrt(squared)
         out.append(Spectrum(torch.from_numpy(sigma), first, n, d, centred))
     return out
-
-
-def _trusted(sigma: np.ndarray) -> bool:
-    """Whether values from a Gram matrix are within the tolerance.
-
-    Measured over flat, graded and shifted spectra of up to 1000 rows, its eigenvalues are off by at
-    most 1.5 √k ε σ₁²; twice that is allowed for here, and halves on taking the root.
-    """
-    return bool(sigma[-1] * TOLERANCE >= 1.5 * math.sqrt(len(sigma)) * _EPS * sigma[0])
 
 
 @dataclass(frozen=True)
@@ -233,13 +224,24 @@ class _Reduced:
         diagonal[0] += self.mean_entry
         return diagonal, self.off
 
-    def eigenvalues(self, centred: bool) -> np.ndarray:
-        """Ascending."""
+    def eigenvalues(self, centred: bool) -> np.ndarray | None:
+        """Descending; None where they are not known well enough (step 4 above)."""
         diagonal, off = self.tridiagonal(centred)
-        if len(diagonal) < 2:
+        if len(diagonal) == 1:
             return diagonal
-        values = eigvalsh_tridiagonal(diagonal, off, check_finite=False, lapack_driver="sterf")
-        return np.asarray(values)
+        squared, _, _, failed = lapack.dpteqr(diagonal, off, np.zeros((1, 1)), compute_z=0)
+        if failed:
+            return None  # singular to rounding
+        noise = 3 * math.sqrt(len(self.diagonal)) * _EPS * self.scale
+        known = math.sqrt(squared[-1] * squared[0]) * TOLERANCE >= noise / 2
+        return np.asarray(squared) if known else None
+
+    @property
+    def scale(self) -> float:
+        """A bound on the centred σ₁²: the largest row sum of the centred T."""
+        diagonal, off = self.tridiagonal(centred=True)
+        beside = np.abs(np.concatenate([[0.0], off, [0.0]]))
+        return float((np.abs(diagonal) + beside[1:] + beside[:-1]).max())
 
     def first_right(self, centred: bool, matrix: np.ndarray) -> np.ndarray:
         """The first right singular vector of ``matrix``, from T's top eigenvector."""

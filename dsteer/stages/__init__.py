@@ -53,7 +53,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("cosine", "dsteer.stages.cosine:run", ("activations", "vector"), ("cosine", "seed"), 1,
           "measure cosines with v*"),
     Stage("spectrum", "dsteer.stages.spectrum:run", ("activations", "vector"),
-          ("spectrum", "seed"), 1, "measure singular spectra, entropies and ranks"),
+          ("spectrum",), 1, "measure singular spectra, entropies and ranks"),
     Stage("report", "dsteer.stages.report:run",
           ("data", "base", "dpo", "activations", "vector", "cosine", "spectrum"),
           ("report", "name", "description"), 1, "draw the figures and write the report"),

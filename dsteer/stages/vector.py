@@ -277,9 +277,9 @@ def _recovery(
     recovery: dict[str, Json] = {"first_token": None, "response": None}
     chosen: float | None = None
     keys = measured["conversations"]
+    tune, test = (slice(*measured["rows"][split]) for split in ("tune", "test"))
     if measured["position"] == "prompt_last":
         base, tuned = activations.base[FINAL_NORM], activations.tuned[FINAL_NORM]
-        tune, test = (slice(*measured["rows"][split]) for split in ("tune", "test"))
         tuning = reach.measure(base[tune], tuned[tune], keys["tune"], config.strengths)
         above_noise = tuning.kl_tuned_base > ABOVE_NOISE * reach.floor(base[tune])
         if tuning.optimal_strength is not None and above_noise:
@@ -291,10 +291,11 @@ def _recovery(
             torch.from_numpy(read_tensors(folder / f"response_{which}.safetensors")[FINAL_NORM])
             for which in ("base", "tuned")
         )
+        first_rows = [row - test.start for row in activations.offsets[:-1] if row >= test.start]
         ends = pairwise(read_json(folder / "response.json")["offsets"])
         of_token = [
-            key
-            for key, (start, stop) in zip(keys["test"], ends, strict=True)
+            keys["test"][row]
+            for row, (start, stop) in zip(first_rows, ends, strict=True)
             for _ in range(start, stop)
         ]
         recovery["response"] = reach.panel(base, tuned, of_token, chosen)

@@ -170,9 +170,7 @@ def test_equals_one_prompt_at_a_time(name: str, record_property: Any) -> None:
     pair = ModelPair.load(model, model)
     anatomy = Anatomy.of(model)
     assert anatomy.n_blocks == len(anatomy.blocks)
-    found = {
-        budget: extract(pair, prompts, batch_tokens=budget) for budget in (1, 24, 80, 100_000)
-    }
+    found = {budget: extract(pair, prompts, batch_tokens=budget) for budget in (1, 24, 80, 100_000)}
     mean = extract(pair, prompts, position="prompt_mean")
     expected = reference(model, prompts)
     errors = {budget: worst_error(states, expected, "last") for budget, states in found.items()}
@@ -196,7 +194,7 @@ def test_last_block_is_raw_and_final_norm_is_normed(name: str) -> None:
 
 
 def test_a_model_that_sees_padding_is_read_without_padding() -> None:
-    """With attention in both directions padding would change every state: batches of equal length."""
+    """With attention in both directions padding would change every state."""
     model = build("llama")
     model.config.is_causal = False
     for module in model.modules():

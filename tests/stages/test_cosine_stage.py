@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from measured import WIDTH, N, context, measure, normal, rows, write_activations
 
-from dsteer.geometry.alignment import histogram_mode
 from dsteer.steering.vector import SteeringVector, SteeringVectorSet
 from dsteer.store import Json, hash_file, read_tensors
 
@@ -171,11 +170,3 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
     run(tmp_path, {"resid_post.0": ZERO, "final_norm": CONSTANT}, figures=True)
     figures = context(tmp_path, "cosine").folder / "figures"
     assert {path.name for path in figures.glob("*.png")} == {"fig3_cosine.png"}
-
-
-def test_histogram_mode() -> None:
-    # bins of 0.02: [0.50, 0.52) holds two, [0.90, 0.92) three
-    assert histogram_mode(np.array([0.501, 0.519, 0.901, 0.91, 0.919])) == pytest.approx(0.91)
-    assert histogram_mode(np.array([0.501, 0.901])) == pytest.approx(0.51)  # a tie: the lower
-    assert histogram_mode(np.array([1.0, -1.0, 1.0, np.nan])) == pytest.approx(0.99)
-    assert histogram_mode(np.array([np.nan])) is None
