@@ -1,6 +1,8 @@
 """Both spectra of a site: one Gram matrix against direct singular value decompositions.
 
-Run by hand:  python benchmarks/spectrum.py [--rows 1000] [--width 2048] [--repeats 7] [--threads 2]
+Run by hand, on a quiet machine; OMP_NUM_THREADS sets the threads of torch, numpy and SciPy:
+
+    OMP_NUM_THREADS=2 python benchmarks/spectrum.py [--rows 1000] [--width 2048] [--repeats 7]
 
 Columns: *ours* is ``dsteer.geometry.spectrum.spectra``, uncentred and centred values and both first
 right singular vectors. *Peer* is what one writes first, in float64, with torch or with numpy: two
@@ -31,6 +33,7 @@ def matrices(rows: int, width: int) -> dict[str, np.ndarray]:
     return {
         "noise": noise,
         "shift + noise": noise + 2 * shift,
+        "shift + 1e-4 noise": 1e-4 * noise + shift,
         "decaying, shifted": decay + 0.3 * shift,
         "rank one (falls back)": np.outer(rng.standard_normal(rows), shift),
     }
@@ -66,7 +69,8 @@ def limit(matrix: np.ndarray) -> object:
 def largest_error(matrix: np.ndarray) -> float:
     """Largest distance of a singular value from numpy's, in units of σ₁, over both spectra."""
     errors = []
-    for spectrum, target in zip(spectra(matrix), (matrix, matrix - matrix.mean(0)), strict=True):
+    centred = (matrix - matrix.mean(0, dtype=np.longdouble)).astype(np.float64)
+    for spectrum, target in zip(spectra(matrix), (matrix, centred), strict=True):
         reference = np.linalg.svd(target, compute_uv=False)
         errors.append(np.abs(spectrum.singular_values.numpy() - reference).max() / reference[0])
     return float(max(errors))
@@ -78,9 +82,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     contenders: dict[str, Callable[[np.ndarray], object]] = {
         "ours": spectra,
         "torch": peer_torch,
@@ -89,7 +91,7 @@ def main() -> None:
     }
     print(
         f"N = {arguments.rows}, d = {arguments.width}, float64, torch {torch.__version__}, "
-        f"numpy {np.__version__}, {arguments.threads} threads (numpy: OMP_NUM_THREADS)"
+        f"numpy {np.__version__}, {torch.get_num_threads()} threads"
     )
     print(
         "| data | ours ms | peer torch ms | peer numpy ms | × torch | × numpy | limit ms "

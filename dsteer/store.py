@@ -116,7 +116,7 @@ def write_tensors(
     The same arrays and metadata give the same bytes.
     """
     packed = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    text = {key: json.dumps(_plain(item), sort_keys=True) for key, item in (metadata or {}).items()}
+    text = {key: json.dumps(_plain(item)) for key, item in (metadata or {}).items()}
     with atomic_path(path) as temporary:
         save_file(packed, temporary, metadata=text or None)
         _sort_metadata(temporary)
@@ -130,6 +130,7 @@ def _sort_metadata(path: Path) -> None:
         if "__metadata__" in header:
             header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
             text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            assert len(text) <= size
             file.seek(8)
             file.write(text.ljust(size))
 

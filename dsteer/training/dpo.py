@@ -282,13 +282,22 @@ def _train(
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     parameters = _changes(trainer.model, initial, total, config, dtype)
     after = _hashes(model)
-    train_curve = [_train_point(entry) for entry in trainer.state.log_history if "loss" in entry]
+    train_curve = [
+        _point(
+            entry["step"],
+            loss=entry["loss"],
+            reward_accuracy=entry["rewards/accuracies"],
+            reward_margin=entry["rewards/margins"],
+        )
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
     first_loss = train_curve[0]["loss"]
     _save(trainer.model, tokenizer, folder / "model", base_path)
     return DpoRun(
         train_curve=train_curve,
         heldout_curve=[
-            {"step": entry["step"], **entry["heldout"]}
+            _point(entry["step"], **entry["heldout"])
             for entry in trainer.state.log_history
             if "heldout" in entry
         ],
@@ -462,12 +471,14 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
         }
 
 
-def _train_point(entry: dict[str, Any]) -> dict[str, Json]:
+def _point(
+    step: int, *, loss: float, reward_accuracy: float, reward_margin: float
+) -> dict[str, Json]:
     return {
-        "step": entry["step"],
-        "loss": entry["loss"],
-        "reward_accuracy": entry["rewards/accuracies"],
-        "reward_margin": entry["rewards/margins"],
+        "step": step,
+        "loss": loss,
+        "reward_accuracy": reward_accuracy,
+        "reward_margin": reward_margin,
     }
 
 

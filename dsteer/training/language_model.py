@@ -206,4 +206,5 @@ def _restore(
     model.load_state_dict(weights, strict=False)  # a tied head is no parameter of its own
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return metadata["step"], metadata["curve"]
+    curve = [{"step": point["step"], "loss": point["loss"]} for point in metadata["curve"]]
+    return metadata["step"], curve

@@ -102,9 +102,11 @@ def test_well_conditioned_matrices_take_the_gram_route(monkeypatch: pytest.Monke
         raise AssertionError("fell back to a singular value decomposition")
 
     monkeypatch.setattr(module.np.linalg, "svd", refuse)
-    noise = RNG.standard_normal((60, 200))
-    for rows in (noise, noise.T.copy(), noise + 20 * RNG.standard_normal(200)):
-        spectra(rows)
+    for n, d in ((60, 200), (200, 60)):
+        noise, shift = RNG.standard_normal((n, d)), RNG.standard_normal(d)
+        decaying = noise * np.arange(1, d + 1) ** -1.0
+        for rows in (noise, noise + 20 * shift, 1e-6 * noise + shift, decaying):
+            spectra(rows)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])

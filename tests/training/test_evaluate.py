@@ -101,7 +101,7 @@ def test_learning_is_said_only_above_chance_and_noise() -> None:
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
     [
-        # Newcombe 1998, Statistics in Medicine 17: 857, table I (81 of 263, 15 of 148, 0 of 20, 1 of 29)
+        # Newcombe 1998, Statistics in Medicine 17: 857, table I
         (81, 263, 0.2553, 0.3662),
         (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0, 0.1611),

@@ -75,7 +75,7 @@ def test_packing_wastes_nothing(tokenizer) -> None:
 
 
 def test_too_few_tokens_for_a_block(tokenizer) -> None:
-    with pytest.raises(DataError, match="fill no block of 512; lower base.context_length"):
+    with pytest.raises(DataError, match=r"fill no block of 512; lower base\.context_length"):
         pack(TEXTS[:2], tokenizer, 512, seed=0)
 
 
@@ -116,7 +116,7 @@ def test_training_learns_and_says_how(blocks, tokenizer, tmp_path) -> None:
     assert not model.training
 
 
-class Killed(Exception):
+class Killed(BaseException):
     pass
 
 
