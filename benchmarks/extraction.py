@@ -1,14 +1,14 @@
-"""Hidden states of real prompts at every site: dsteer against the usual ways, and against the limit.
+"""Hidden states of real prompts at every site: dsteer, the usual ways, and the limit.
 
 Run by hand:  python benchmarks/extraction.py [PROMPTS] [--dtype float32 bfloat16] [--repeats 5]
 On a GPU:     python benchmarks/extraction.py [PROMPTS] --device cuda --shape 7b --dtype bfloat16
 
 The model is a Llama of the named shape with random weights; the prompts are the first 96 of an
-hh-rlhf file, tokenised by a byte-level BPE learned from that file's prompts on the spot. All methods
-read the last prompt token at every block and at the final norm, of the same ids:
+hh-rlhf file, tokenised by a byte-level BPE learned from that file's prompts on the spot. All
+methods read the last prompt token at every block and at the final norm, of the same ids:
 
 - *dsteer*: one pass for all sites, sorted batches of a token budget, right padding without a mask,
-  no head, no cache; *to disk*: the same, streamed into a file;
+  no head, no cache, on a CPU one batch a core; *to disk*: the same, streamed into a file;
 - *(a) one at a time*: a hook on each block and on the final norm, one call of the model a prompt;
 - *(b) hidden_states*: ``output_hidden_states=True``, 16 prompts padded together, with a mask;
 - *(c) steering-vectors*: ``extract_activations`` of that package, 1 and 16 pairs a batch, if it is
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dsteer.activations.extract import Reading
+from dsteer.activations.reading import Reading
 from dsteer.data import load_preferences
 from dsteer.data.tokens import Encoded, encode
 from dsteer.models.pair import ModelPair

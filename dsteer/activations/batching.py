@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-# Tokens a batch. On a CPU about a thousand already give the matrix products their full speed, and
+# Tokens a batch. On a CPU a few hundred already give the matrix products their full speed, and
 # more would leave the cache; a GPU wants many more.
-CPU_TOKENS = 1024
+CPU_TOKENS = 512
 GPU_TOKENS = 16_384
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dsteer.activations.sites import block_of
 from dsteer.errors import ModelError
@@ -24,7 +25,7 @@ def select_tokens(ranges: Sequence[range]) -> Select:
 
     def select(state: Float[Tensor, "b t d"]) -> Float[Tensor, "r d"]:
         nonlocal rows, columns
-        rows, columns = rows.to(state.device), columns.to(state.device)
+        rows, columns = rows.to(state.device), columns.to(state.device)  # moved once
         return state[rows, columns]
 
     return select
@@ -38,57 +39,70 @@ def select_means(ranges: Sequence[range], length: int) -> Select:
 
     def select(state: Float[Tensor, "b t d"]) -> Float[Tensor, "r d"]:
         nonlocal weights
-        weights = weights.to(state.device)
+        weights = weights.to(state.device)  # moved once
         return torch.bmm(weights, state.float())[:, 0]
 
     return select
 
 
-@contextmanager
-def capture(
-    anatomy: Anatomy, sites: Sequence[str], select: Select
-) -> Iterator[dict[str, Float[Tensor, "r d"]]]:
-    """Yield a dictionary that the next pass fills: site → selected states. Hooks always go again.
+class Capture:
+    """Hooks on a model's sites while the ``with`` block runs; they go in any case.
 
     Hooks run in the order in which they were registered, so a capture sees what hooks registered
-    before it did to a block's output (a steering vector, say) and not what later ones do.
-    """
-    states: dict[str, Tensor] = {}
-
-    def catch(site: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            if site in states:
-                raise ModelError(f"{site}: its module ran twice in one pass; expected once")
-            states[site] = select(anatomy.read(output))
-
-        return hook
-
-    handles = []
-    try:
-        for site in sites:
-            block = block_of(site)
-            module = anatomy.final_norm if block is None else anatomy.blocks[block]
-            handles.append(module.register_forward_hook(catch(site)))
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def read_batch(
-    anatomy: Anatomy, ids: Int[Tensor, "b t"], sites: Sequence[str], select: Select
-) -> dict[str, Float[Tensor, "r d"]]:
-    """Run right-padded ids (B, T) through the decoder once; return float32 states on the CPU.
-
-    The head is not run, no cache is built, and no mask is passed, so that the causal kernels need
-    none. Call it inside :func:`dsteer.models.anatomy.evaluating`.
+    before it did to a block's output (a steering vector, say) and not what later ones do. Several
+    threads may read through one capture at a time.
 
     Raises:
-        ModelError: a site's module did not run.
+        ConfigError: a name is no site.
     """
-    with capture(anatomy, sites, select) as states:
-        anatomy.decoder(input_ids=ids.to(anatomy.device), use_cache=False)
-    silent = [site for site in sites if site not in states]
-    if silent:
-        raise ModelError(f"{silent[0]}: its module did not run; expected every block to run once")
-    return {site: states[site].to("cpu", torch.float32) for site in sites}
+
+    def __init__(self, anatomy: Anatomy, sites: Sequence[str]) -> None:
+        self._anatomy = anatomy
+        self._sites = tuple(sites)
+        self._reading = threading.local()
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Capture:
+        for site in self._sites:
+            block = block_of(site)
+            module = self._anatomy.final_norm if block is None else self._anatomy.blocks[block]
+            self._handles.append(module.register_forward_hook(self._catch(site)))
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def read(self, ids: Int[Tensor, "b t"], select: Select) -> dict[str, Float[Tensor, "r d"]]:
+        """Run right-padded ids (B, T) through the decoder once; float32 states on the CPU, by site.
+
+        The head is not run, no cache is built, and no mask is passed, so that the causal kernels
+        need none.
+
+        Raises:
+            ModelError: a site's module did not run, or ran twice.
+        """
+        states: dict[str, Tensor] = {}
+        self._reading.states, self._reading.select = states, select
+        try:
+            with torch.inference_mode():
+                self._anatomy.decoder(input_ids=ids.to(self._anatomy.device), use_cache=False)
+        finally:
+            del self._reading.states, self._reading.select
+        silent = [site for site in self._sites if site not in states]
+        if silent:
+            raise ModelError(
+                f"{silent[0]}: its module did not run; expected every block to run once"
+            )
+        return {site: states[site].to("cpu", torch.float32) for site in self._sites}
+
+    def _catch(self, site: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            states: dict[str, Tensor] | None = getattr(self._reading, "states", None)
+            if states is None:
+                return  # a pass of somebody else
+            if site in states:
+                raise ModelError(f"{site}: its module ran twice in one pass; expected once")
+            states[site] = self._reading.select(Anatomy.read(output))
+
+        return hook

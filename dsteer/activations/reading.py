@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from dsteer import __version__
 from dsteer.activations.batching import Batch, default_budget, pad_right, plan_batches
-from dsteer.activations.capture import Select, read_batch, select_means, select_tokens
+from dsteer.activations.capture import Capture, Select, select_means, select_tokens
 from dsteer.activations.sites import FINAL_NORM, MEANS, resolve_sites, token_ranges
 from dsteer.activations.storage import FileSink, MemorySink, States
 from dsteer.data.tokens import Encoded, hash_ids
@@ -30,6 +32,8 @@ from dsteer.store import hash_json
 _PADDING_ERROR = {torch.float32: 1e-4}
 _PADDING_ERROR_LOW_PRECISION = 5e-2
 _PROBE_PADDING = 16
+
+_MOST_WORKERS = 8  # more would wait for Python's lock
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,12 @@ class Reading:
             StoreError: the file can't be written.
         """
         anatomy = Anatomy.of(model)
-        needed = self.needed
         with evaluating(model), quiet():
-            batches = self._plan(model, anatomy, needed)
+            batches = self._plan(model, anatomy)
         offsets = self.offsets
         if path is None:
             sink = MemorySink(self.sites, offsets[-1], self.width)
-            self._fill(model, anatomy, which, batches, needed, sink, reporter)
+            self._fill(model, anatomy, which, batches, sink, reporter)
             return States.hold(sink.tensors)
         metadata = {
             "dsteer": __version__,
@@ -130,19 +133,16 @@ class Reading:
         metadata["plan"] = hash_json(
             [metadata, self.sites, offsets[-1], self.width, [batch.prompts for batch in batches]]
         )
-        # Another one's hooks may change the states, and nothing here could tell.
-        hooked = any(
-            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
-        )
-        with FileSink(
-            path, self.sites, offsets[-1], self.width, metadata, resume=not hooked
-        ) as file:
+        # Somebody's hooks may change the states, and what is on disk does not tell by how much.
+        resume = not has_foreign_hooks(model)
+        with FileSink(path, self.sites, offsets[-1], self.width, metadata, resume=resume) as file:
             if not file.complete:
-                self._fill(model, anatomy, which, batches, needed, file, reporter)
+                self._fill(model, anatomy, which, batches, file, reporter)
             file.finish()
         return States.open(path)
 
-    def _plan(self, model: Model, anatomy: Anatomy, needed: Sequence[Sequence[int]]) -> list[Batch]:
+    def _plan(self, model: Model, anatomy: Anatomy) -> list[Batch]:
+        needed = self.needed
         lengths = [len(ids) for ids in needed]
         budget = self.batch_tokens or default_budget(anatomy.device)
         batches = plan_batches(lengths, budget)
@@ -157,26 +157,32 @@ class Reading:
         anatomy: Anatomy,
         which: Which,
         batches: Sequence[Batch],
-        needed: Sequence[Sequence[int]],
         sink: MemorySink | FileSink,
         reporter: Reporter,
     ) -> None:
-        offsets = self.offsets
+        """Read the batches that the sink lacks."""
+        needed, offsets = self.needed, self.offsets
         done = sum(len(batches[number].prompts) for number in sink.done)
+        workers = workers_for(model, anatomy)
+        keeping = threading.Lock()
+
+        def read(number: int) -> None:
+            batch = batches[number]
+            ids = pad_right([needed[prompt] for prompt in batch.prompts], batch.length)
+            states = capture.read(ids, self._select(batch))
+            _require_finite(states, which, anatomy.dtype)
+            with keeping:
+                sink.put(number, [range(*offsets[p : p + 2]) for p in batch.prompts], states)
+                advance(len(batch.prompts))
+
         with (
             evaluating(model),
             quiet(),
+            Capture(anatomy, self.sites) as capture,
             reporter.bar(f"states of {which}", len(needed), unit="prompts", done=done) as advance,
         ):
-            for number, batch in enumerate(batches):
-                if number in sink.done:
-                    continue
-                ids = pad_right([needed[prompt] for prompt in batch.prompts], batch.length)
-                states = read_batch(anatomy, ids, self.sites, self._select(batch))
-                _require_finite(states, which, anatomy.dtype)
-                spans = [range(offsets[prompt], offsets[prompt + 1]) for prompt in batch.prompts]
-                sink.put(number, spans, states)
-                advance(len(batch.prompts))
+            left = [number for number in range(len(batches)) if number not in sink.done]
+            _each(read, left, workers)
 
     def _select(self, batch: Batch) -> Select:
         ranges = [self.ranges[prompt] for prompt in batch.prompts]
@@ -197,16 +203,65 @@ def padding_is_unseen(model: Model, anatomy: Anatomy, needed: Sequence[Sequence[
     row = min(needed, key=len)
     last = select_tokens([range(len(row) - 1, len(row))])
 
-    def read(rows: Sequence[Sequence[int]], length: int) -> Tensor:
-        return read_batch(anatomy, pad_right(rows, length), [FINAL_NORM], last)[FINAL_NORM][0]
+    with Capture(anatomy, [FINAL_NORM]) as capture:
 
-    alone = read([row], len(row))
-    scale = float(alone.norm())
-    padded = float((read([row], len(row) + _PROBE_PADDING) - alone).norm())
-    if not padded > scale * _PADDING_ERROR.get(anatomy.dtype, _PADDING_ERROR_LOW_PRECISION):
-        return True
-    rounding = float((read([row, row], len(row)) - alone).norm())
+        def read(rows: Sequence[Sequence[int]], length: int) -> Tensor:
+            return capture.read(pad_right(rows, length), last)[FINAL_NORM][0]
+
+        alone = read([row], len(row))
+        scale = float(alone.norm())
+        padded = float((read([row], len(row) + _PROBE_PADDING) - alone).norm())
+        if not padded > scale * _PADDING_ERROR.get(anatomy.dtype, _PADDING_ERROR_LOW_PRECISION):
+            return True
+        rounding = float((read([row, row], len(row)) - alone).norm())
     return padded < 10 * rounding
+
+
+def workers_for(model: Model, anatomy: Anatomy) -> int:
+    """How many batches are read at a time, each by a thread of its own.
+
+    On a CPU one batch a core is faster than all cores on one batch: nothing waits for the slowest
+    core after each operation. It needs a forward pass that changes nothing in the model, as those
+    of transformers are (but for RoPE that adapts to the length); a model with code or hooks of its
+    own is read by one thread.
+    """
+    module = type(getattr(model, "get_base_model", lambda: model)()).__module__
+    own_code = not module.startswith("transformers.")
+    adapts = math.isfinite(_longrope_length(model))
+    if anatomy.device.type != "cpu" or own_code or adapts or has_foreign_hooks(model):
+        return 1
+    return min(torch.get_num_threads(), _MOST_WORKERS)
+
+
+def has_foreign_hooks(model: Model) -> bool:
+    """Whether anybody but transformers itself has hooks on a model (a steering vector, say)."""
+    hooks = (
+        hook
+        for module in model.modules()
+        for registered in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in registered.values()
+    )
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks
+    )
+
+
+def _each(work: Callable[[int], None], items: Sequence[int], workers: int) -> None:
+    """Do the work for each item, in order, several at a time; the first error stops the rest."""
+    workers = min(workers, len(items))
+    if workers <= 1:
+        for item in items:
+            work(item)
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for future in as_completed([pool.submit(work, item) for item in items]):
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _longrope_length(model: Model) -> float:

@@ -7,7 +7,7 @@ import shutil
 
 from dsteer.config import resolved
 from dsteer.data.jsonl import read_pairs
-from dsteer.errors import ConfigError
+from dsteer.errors import ConfigError, DataError
 from dsteer.models.load import quiet, resolve_device
 from dsteer.models.tiny import build_model, build_tokenizer
 from dsteer.report.figures import draw_result
@@ -60,13 +60,14 @@ def run(context: StageContext) -> Json:
             f"The texts gave {len(tokenizer)} tokens, fewer than the {config.model.vocab_size} "
             "asked for."
         )
-    heldout = preference_texts(read_pairs(data / "tune.jsonl"))
     heldout_loss = None
-    if heldout:
+    try:
+        heldout = preference_texts(read_pairs(data / "tune.jsonl"))
         held = pack(heldout, tokenizer, length, context.seed("pack"))
-        heldout_loss = mean_loss(model, held, config.batch_size)
+    except DataError as error:
+        notes.append(f"No held-out loss on the tune split: {error}.")
     else:
-        notes.append("The tune split has no answers, so there is no held-out loss.")
+        heldout_loss = mean_loss(model, held, config.batch_size)
     embedding = model.get_input_embeddings().weight.numel()
     tied = config.model.tie_word_embeddings
     parameters = {

@@ -150,9 +150,13 @@ def _ids(
     text: str | list[Message], tokenizer: PreTrainedTokenizerBase, *, open_ended: bool = False
 ) -> list[int]:
     if isinstance(text, str):
-        return list(tokenizer(text=text)["input_ids"])
+        return list(tokenizer(text=text, verbose=False)["input_ids"])
     encoded = tokenizer.apply_chat_template(
-        text, tokenize=True, return_dict=True, add_generation_prompt=open_ended
+        text,
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=open_ended,
+        tokenizer_kwargs={"verbose": False},
     )
     return list(encoded["input_ids"])
 

@@ -56,7 +56,9 @@ def pack(
         DataError: the texts fill no block.
     """
     order = torch.randperm(len(texts), generator=_generator(seed)).tolist()
-    encoded = tokenizer([texts[index] for index in order])["input_ids"] if texts else []
+    encoded = (
+        tokenizer([texts[index] for index in order], verbose=False)["input_ids"] if texts else []
+    )
     stream = [token for ids in encoded for token in (*ids, tokenizer.eos_token_id)]
     blocks = len(stream) // length
     if blocks == 0:

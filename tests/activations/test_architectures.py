@@ -204,7 +204,7 @@ def test_a_model_that_sees_padding_is_read_without_padding() -> None:
     pair = ModelPair.load(model, model)
     reading = Reading.of(pair, prompts, batch_tokens=100)
     needed = reading.needed
-    batches = reading._plan(model, Anatomy.of(model), needed)
+    batches = reading._plan(model, Anatomy.of(model))
     assert all(len({len(needed[p]) for p in batch.prompts}) == 1 for batch in batches)
     states = extract(pair, prompts, batch_tokens=100)
     assert worst_error(states, reference(model, prompts), "last") <= BOUND

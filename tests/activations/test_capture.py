@@ -6,7 +6,7 @@ import pytest
 import torch
 from planted import tiny_llama
 
-from dsteer.activations.capture import capture, read_batch, select_means, select_tokens
+from dsteer.activations.capture import Capture, select_means, select_tokens
 from dsteer.activations.sites import all_sites
 from dsteer.errors import ModelError
 from dsteer.models.anatomy import Anatomy, evaluating
@@ -24,16 +24,15 @@ def hooks_of(model) -> int:
 
 
 def read(model, sites=("resid_post.1",), ranges=(range(3, 4), range(1, 2))):
-    with evaluating(model):
-        return read_batch(Anatomy.of(model), IDS, sites, select_tokens(ranges))
+    with evaluating(model), Capture(Anatomy.of(model), sites) as capture:
+        return capture.read(IDS, select_tokens(ranges))
 
 
 def test_selected_tokens_and_means(model) -> None:
-    with evaluating(model):
-        anatomy = Anatomy.of(model)
-        every = read_batch(anatomy, IDS, ["final_norm"], select_tokens([range(4), range(4)]))
+    with evaluating(model), Capture(Anatomy.of(model), ["final_norm"]) as capture:
+        every = capture.read(IDS, select_tokens([range(4), range(4)]))
         states = every["final_norm"].view(2, 4, -1)
-        mean = read_batch(anatomy, IDS, ["final_norm"], select_means([range(4), range(2)], 4))
+        mean = capture.read(IDS, select_means([range(4), range(2)], 4))
     last = read(model, ["final_norm"])["final_norm"]
     assert torch.equal(last, torch.stack([states[0, 3], states[1, 1]]))
     expected = torch.stack([states[0].mean(0), states[1, :2].mean(0)])
@@ -83,9 +82,9 @@ def test_captured_states_are_copies(model) -> None:
         output.zero_()
 
     select = select_tokens([range(3, 4), range(1, 2)])
-    with evaluating(model), capture(Anatomy.of(model), ["resid_post.1"], select) as states:
+    with evaluating(model), Capture(Anatomy.of(model), ["resid_post.1"]) as capture:
         handle = model.model.layers[1].register_forward_hook(spoil)  # runs after the capture
-        model.get_decoder()(IDS, use_cache=False)
+        states = capture.read(IDS, select)
         handle.remove()
     assert torch.equal(states["resid_post.1"], expected)
 
@@ -104,16 +103,13 @@ def test_capture_sees_earlier_hooks_and_not_later_ones(model) -> None:
     handle.remove()
 
     select = select_tokens([range(3, 4), range(1, 2)])
-    with evaluating(model), capture(Anatomy.of(model), ["resid_post.1"], select) as states:
+    with evaluating(model), Capture(Anatomy.of(model), ["resid_post.1"]) as capture:
         handle = block.register_forward_hook(steer)
-        model.get_decoder()(IDS, use_cache=False)
+        assert torch.equal(capture.read(IDS, select)["resid_post.1"], plain)
         handle.remove()
-        assert torch.equal(states["resid_post.1"], plain)
-        states.clear()
         handle = block.register_forward_hook(steer, prepend=True)  # first in the queue after all
-        model.get_decoder()(IDS, use_cache=False)
+        assert torch.equal(capture.read(IDS, select)["resid_post.1"], plain + shift)
         handle.remove()
-    assert torch.equal(states["resid_post.1"], plain + shift)
 
 
 def test_a_module_that_runs_twice_is_refused(model) -> None:
@@ -123,14 +119,24 @@ def test_a_module_that_runs_twice_is_refused(model) -> None:
 
 
 def test_a_block_that_is_skipped_is_noticed(model) -> None:
-    model.config.num_hidden_layers = 4
     anatomy = Anatomy.of(model)
     model.config.num_hidden_layers = 3  # the decoder now stops before block 3
     with (
-        evaluating(model),
+        Capture(anatomy, ["resid_post.3"]) as capture,
         pytest.raises(ModelError, match=r"resid_post\.3: its module did not run"),
     ):
-        read_batch(anatomy, IDS, ["resid_post.3"], select_tokens([range(1), range(1)]))
+        capture.read(IDS, select_tokens([range(1), range(1)]))
+
+
+def test_a_pass_of_somebody_else_is_not_captured(model) -> None:
+    anatomy = Anatomy.of(model)
+    with evaluating(model), Capture(anatomy, ["resid_post.0"]) as capture:
+        anatomy.decoder(IDS, use_cache=False)
+        anatomy.decoder(IDS, use_cache=False)
+        states = capture.read(IDS, select_tokens([range(1), range(1)]))
+    assert torch.equal(
+        states["resid_post.0"], read(model, ["resid_post.0"], [range(1)] * 2)["resid_post.0"]
+    )
 
 
 def test_the_head_is_not_run(model) -> None:

@@ -153,6 +153,15 @@ def test_a_test_split_without_answers(run, tmp_path) -> None:
     assert (tmp_path / "dpo" / "model" / "adapter_model.safetensors").is_file()
 
 
+def test_a_tune_split_too_small_for_a_held_out_loss(tmp_path) -> None:
+    write_data(tmp_path)
+    write_pairs(tmp_path / "data" / "tune.jsonl", [PreferencePair("just a prompt")])
+    result = finish(tmp_path, "base", {"base": {"steps": 2}})
+    assert result["heldout_loss"] is None
+    assert result["headline"]["heldout_perplexity"] is None
+    assert any("No held-out loss" in note for note in result["notes"])
+
+
 def test_a_context_beyond_the_model_is_refused(tmp_path) -> None:
     write_data(tmp_path)
     with pytest.raises(ConfigError, match=r"base\.context_length: 256 tokens, but base\.model"):
