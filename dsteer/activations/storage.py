@@ -53,10 +53,13 @@ class States(Mapping[str, Tensor]):
         """
 
         def read(site: str, start: int, stop: int) -> Tensor:
+            if _stamp(path) != stamp:
+                raise StoreError(f"{path}: was replaced since it was opened; open it again")
             with safe_open(path, framework="pt") as file:
                 rows: Tensor = file.get_slice(site)[start:stop]
                 return rows
 
+        stamp = _stamp(path)
         try:
             with safe_open(path, framework="pt") as file:
                 sites = sorted(file.keys(), key=_site_order)
@@ -91,6 +94,15 @@ class States(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._sites)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Tells one file from another that took its name; None if there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _site_order(site: str) -> tuple[bool, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,8 @@ def _adapter_config(path: str | Path, revision: str | None) -> Any:
 def _load_adapter(path: str | Path, revision: str | None, base: Model) -> Model:
     from peft import PeftModel
 
-    with quiet(), _explained(path, revision):
+    with quiet(), _explained(path, revision), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for an old name
         return PeftModel.from_pretrained(base, str(path), revision=revision).eval()
 
 

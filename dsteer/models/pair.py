@@ -13,7 +13,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
-from dsteer.config import DType
+from dsteer.config import DType, ModelsConfig
 from dsteer.data.tokens import Tokenizer
 from dsteer.errors import ModelError
 from dsteer.models.anatomy import max_positions, model_name, text_config
@@ -112,6 +112,24 @@ class ModelPair:
             dtype,
             device,
             trust_remote_code,
+        )
+
+    @classmethod
+    def configured(cls, models: ModelsConfig, base: str, tuned: str) -> ModelPair:
+        """Name the pair of a pipeline: these two paths, loaded as its ``models`` section says.
+
+        Raises:
+            ModelError: as :meth:`load`.
+        """
+        return cls.load(
+            base,
+            tuned,
+            tokenizer=models.tokenizer,
+            dtype=models.dtype,
+            device=models.device,
+            base_revision=models.base_revision,
+            tuned_revision=models.tuned_revision,
+            trust_remote_code=models.trust_remote_code,
         )
 
     @property

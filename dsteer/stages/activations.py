@@ -32,16 +32,7 @@ def run(context: StageContext) -> Json:
         if not pairs:
             raise DataError(f"the {name} split has no prompts to read; give data.splits.{name}")
     prompts = [pair for pairs in splits.values() for pair in pairs]
-    pair = ModelPair.load(
-        context.base_path,
-        context.tuned_path,
-        tokenizer=models.tokenizer,
-        dtype=models.dtype,
-        device=models.device,
-        base_revision=models.base_revision,
-        tuned_revision=models.tuned_revision,
-        trust_remote_code=models.trust_remote_code,
-    )
+    pair = ModelPair.configured(models, context.base_path, context.tuned_path)
     encoded = encode_for(
         pair,
         prompts,

@@ -77,14 +77,7 @@ def run(context: StageContext) -> Json:
 def _evaluate(context: StageContext, examples: list[Example]) -> Evaluation:
     config, models = context.config.dpo, context.config.models
     assert config is not None
-    pair = ModelPair.load(
-        context.base_path,
-        str(context.folder / "model"),
-        dtype=models.dtype,
-        device=models.device,
-        base_revision=None if "base" in context.inputs else models.base_revision,
-        trust_remote_code=models.trust_remote_code,
-    )
+    pair = ModelPair.configured(models, context.base_path, str(context.folder / "model"))
     return evaluate(
         pair.tuned,
         pair.base,

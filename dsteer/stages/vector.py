@@ -341,16 +341,7 @@ def _headline(sites: Mapping[str, Json], recovery: Mapping[str, Json]) -> dict[s
 def _heads(context: StageContext) -> tuple[Readout, Readout]:
     """The heads of base and tuned, copied from one model at a time; one where they are equal."""
     models = context.config.models
-    pair = ModelPair.load(
-        context.base_path,
-        context.tuned_path,
-        tokenizer=models.tokenizer,
-        dtype=models.dtype,
-        device=models.device,
-        base_revision=models.base_revision,
-        tuned_revision=models.tuned_revision,
-        trust_remote_code=models.trust_remote_code,
-    )
+    pair = ModelPair.configured(models, context.base_path, context.tuned_path)
     with pair.using("base") as model:
         base = Readout.of(model, vocabulary=pair.vocabulary)
         del model

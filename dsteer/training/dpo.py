@@ -252,6 +252,10 @@ def _train(
     if config.lora is not None:
         _check_lora(config.lora, model, frozen)
     before = _hashes(model)
+    weights = model.dtype
+    if config.lora is None:
+        # bfloat16 weights swallow small steps: float32 sums them up, and their sum is what is saved
+        model.float()
     total = sum(parameter.numel() for parameter in model.parameters())
     encoded = encode_pairs(train, tokenizer)
     pairs = _count(encoded, config.max_length)
@@ -271,7 +275,9 @@ def _train(
         _set_lora_dropout(trainer.model, config.lora.dropout)
     trainer.remove_callback(PrinterCallback)
     initial = {
-        name: parameter.detach().cpu().clone()
+        name: parameter.detach().to(
+            "cpu", parameter.dtype if config.lora is not None else weights, copy=True
+        )
         for name, parameter in trainer.model.named_parameters()
         if parameter.requires_grad
     }
@@ -280,6 +286,8 @@ def _train(
     with watcher:
         newest = latest_checkpoint(checkpoints)
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    if config.lora is None:
+        model.to(weights)
     parameters = _changes(trainer.model, initial, total, config, dtype)
     after = _hashes(model)
     train_curve = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from dsteer.activations.reading import Reading, has_foreign_hooks, noise_floor, 
 from dsteer.activations.storage import FileSink
 from dsteer.data.tokens import Encoded
 from dsteer.data.types import PreferencePair
-from dsteer.errors import ConfigError, DataError, MeasurementError, ModelError
+from dsteer.errors import ConfigError, DataError, MeasurementError, ModelError, StoreError
 from dsteer.models.pair import ModelPair
 
 FILES = ["base.safetensors", "ids.safetensors", "tuned.safetensors"]
@@ -163,10 +162,13 @@ def test_work_is_not_redone_nor_reused_for_something_else(tmp_path: Path, monkey
     acts = extract(other, PROMPTS, folder=tmp_path)
     assert passes  # other weights on the same prompts and shapes
     assert acts.displacement("resid_post.1").any()
+    first = acts.base["final_norm"][0].clone()
     passes.clear()
     turned = extract(other, PROMPTS[::-1], folder=tmp_path)
     assert passes  # other prompts of the same shapes
-    assert torch.allclose(turned.base["final_norm"][-1], acts.base["final_norm"][0], atol=1e-5)
+    assert torch.allclose(turned.base["final_norm"][-1], first, atol=1e-5)
+    with pytest.raises(StoreError, match="was replaced since it was opened"):
+        acts.base["final_norm"]
 
 
 def test_hooks_of_others_are_seen_and_never_resumed_over(tmp_path: Path) -> None:
@@ -218,7 +220,7 @@ def test_kill_9_resumes_with_identical_bytes(tmp_path: Path, after: int, threads
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     assert any(item.name.endswith(".partial") for item in cut.iterdir())
     extract(planted_pair(2).pair, PROMPTS, batch_tokens=60, folder=cut)
-    assert sorted(os.listdir(cut)) == FILES
+    assert sorted(item.name for item in cut.iterdir()) == FILES
     assert all((cut / name).read_bytes() == (whole / name).read_bytes() for name in FILES)
 
 

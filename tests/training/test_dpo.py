@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -342,6 +343,24 @@ def test_what_can_not_work_is_refused_before_training(
 def test_devices_and_dtypes_that_can_not_train(device, dtype, message) -> None:
     with pytest.raises(ConfigError, match=message):
         dpo.check_config(config(), device, dtype)
+
+
+def test_bfloat16_weights_keep_steps_below_their_precision(base, tokenizer, tmp_path) -> None:
+    # Weights near 0.02 have bfloat16 steps of 1e-4: each of 24 Adam steps of 1e-5 alone would be
+    # lost, their sum of up to 2.4e-4 is not.
+    def load_half():
+        with _quiet():
+            return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+
+    run = train_dpo(
+        load_half, tokenizer, PAIRS, [], config(learning_rate=1e-5, max_steps=24),
+        folder=tmp_path, base_path=str(base), device="cpu", dtype="bfloat16", seed=3,
+    )  # fmt: skip
+    assert run.parameters["changed_share"] > 0.3
+    assert run.freeze["input"]["unchanged"]
+    assert run.freeze["output"]["unchanged"]
+    with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
 def test_training_that_changes_nothing_is_an_error(base, tokenizer, tmp_path) -> None:
