@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 .PHONY: demo test lint format bench wheel-check schema clean help
 
 help:
-	@echo "make demo         run the whole embedded pipeline (results/tiny)"
+	@echo "make demo         run the whole embedded pipeline, into runs/demo"
 	@echo "make test         run the tests"
 	@echo "make lint         ruff, mypy --strict, schema in step with the code"
 	@echo "make bench        benchmarks/, printed as tables"
@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/dsteer run tiny
+	$(BIN)/dsteer run tiny --out runs/demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile

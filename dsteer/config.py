@@ -434,12 +434,15 @@ def _override(raw: dict[str, Any], item: str) -> None:
 
 
 def _describe(mistake: dict[str, Any]) -> str:
-    location = [part for part in mistake["loc"] if not _is_tag(part)]
+    location = [
+        part for index, part in enumerate(mistake["loc"]) if not _is_tag(mistake["loc"], index)
+    ]
     path = ".".join(str(part) for part in location) or "pipeline"
     kind, message = str(mistake["type"]), str(mistake["msg"])
     message = message.removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        return f"{path}: unknown key{did_you_mean(str(location[-1]), _known_keys(mistake['loc']))}"
+        key = str(mistake["loc"][-1])
+        return f"{path}: unknown key{did_you_mean(key, _known_keys(mistake['loc']))}"
     if kind == "missing":
         return f"{path}: required, but not given"
     message = message[0].lower() + message[1:] if message else message
@@ -457,8 +460,14 @@ _TAGS: dict[str, type[BaseModel]] = {
 }
 
 
-def _is_tag(part: object) -> bool:
-    return part in _TAGS or (isinstance(part, str) and ("[" in part or part == "all-linear"))
+def _is_tag(location: Sequence[object], index: int) -> bool:
+    """Whether a part of an error's location names a branch of a union rather than a key."""
+    part = location[index]
+    if index == 0 or not isinstance(part, str):
+        return False
+    if part in _TAGS:
+        return isinstance(location[index - 1], int)
+    return part.startswith(("tuple[", "literal["))
 
 
 def _known_keys(location: Sequence[object]) -> list[str]:

@@ -108,32 +108,57 @@ def make_plan(
         ConfigError: a stage is named that does not exist or that the pipeline does not configure,
             or a local input is missing.
     """
-    stages = planned(config)
     for option, name in (("--until", until), ("--only", only), ("--force", force)):
-        _check_stage(option, name, stages)
-    names = [stage.name for stage in stages]
-    last = names.index(until) if until is not None else len(names) - 1
-    forced: set[str] = set()
-    steps: list[Step] = []
-    fingerprints: dict[str, str] = {}
-    for index, stage in enumerate(stages):
-        upstream = {other.name: fingerprints[other.name] for other in needs(stage, config)}
-        identity = {
+        _check_stage(option, name, planned(config))
+    identities = identify_stages(config)
+    return _decide_all(run, identities, until=until, only=only, force=force)
+
+
+def identify_stages(config: PipelineConfig) -> dict[str, Mapping[str, Json]]:
+    """What the fingerprint of each configured stage is the hash of.
+
+    Raises:
+        ConfigError: a local input is missing.
+    """
+    identities: dict[str, Mapping[str, Json]] = {}
+    for stage in planned(config):
+        identities[stage.name] = {
             "stage": stage.name,
             "version": stage.version,
             "config": select(config, stage.reads),
             "inputs": outside_inputs(stage.name, config),
-            "upstream": upstream,
+            "upstream": {
+                other.name: hash_json(identities[other.name]) for other in needs(stage, config)
+            },
         }
-        fingerprint = fingerprints[stage.name] = hash_json(identity)
-        if stage.name == force or forced & upstream.keys():
-            forced.add(stage.name)
-        asked = stage.name == only if only is not None else index <= last
-        action, why = _decide(run, stage, identity, fingerprint, stage.name in forced)
+    return identities
+
+
+def _decide_all(
+    run: Run,
+    identities: Mapping[str, Mapping[str, Json]],
+    *,
+    until: str | None,
+    only: str | None,
+    force: str | None,
+) -> list[Step]:
+    names = list(identities)
+    last = names.index(until) if until is not None else len(names) - 1
+    steps: dict[str, Step] = {}
+    for index, (name, identity) in enumerate(identities.items()):
+        stage, fingerprint = BY_NAME[name], hash_json(identity)
+        action, why = _decide(run, stage, identity, fingerprint)
+        again = [other for other in identity["upstream"] if steps[other].action != "skip"]
+        if name == force:
+            action, why = "redo", "forced"
+        elif again and action == "skip":
+            # Its inputs are written again: on another machine they need not be the same bytes.
+            action, why = "redo", f"{again[0]} runs again"
+        asked = name == only if only is not None else index <= last
         if not asked and action != "skip":
             action = "wait"
-        steps.append(Step(stage, identity, fingerprint, action, why))
-    return steps
+        steps[name] = Step(stage, identity, fingerprint, action, why)
+    return list(steps.values())
 
 
 def _check_stage(option: str, name: str | None, stages: Sequence[Stage]) -> None:
@@ -149,12 +174,10 @@ def _check_stage(option: str, name: str | None, stages: Sequence[Stage]) -> None
 
 
 def _decide(
-    run: Run, stage: Stage, identity: Mapping[str, Json], fingerprint: str, forced: bool
+    run: Run, stage: Stage, identity: Mapping[str, Json], fingerprint: str
 ) -> tuple[Action, str]:
     folder = run.stage(stage.name)
     state = folder.state(fingerprint)
-    if forced:
-        return "redo", "forced"
     if state == "complete":
         return "skip", "identical and complete"
     if state == "partial":
@@ -227,13 +250,16 @@ def run_pipeline(
             _require_inputs(only, steps, config)
         with run.lock():
             run.claim(config.name, yaml_text)
+            # Another run may have finished a stage since; the identities stand.
+            identities = {step.stage.name: step.identity for step in steps}
+            steps = _decide_all(run, identities, until=until, only=only, force=force)
             for step in steps:
                 _take(step, steps, config, run, overrides, reporter)
             _write_records(config, run, steps, overrides)
     except DsteerError:
         raise
     except Exception as error:
-        trouble = _storage_trouble(error, out)
+        trouble = storage_trouble(error, out)
         if trouble is None:
             raise
         raise StoreError(trouble) from error
@@ -265,6 +291,8 @@ def _take(
         return
     reporter.line(f"{name}: {step.stage.does} ({step.why})")
     folder = run.stage(name)
+    for other in _readers(name, steps):
+        run.stage(other).invalidate()
     if step.action == "redo":
         folder.clear()
     folder.begin(step.fingerprint)
@@ -283,6 +311,15 @@ def _take(
     }
     folder.finish(step.fingerprint, result, record)
     reporter.line(f"{name}: done in {record['seconds']:.1f} s")
+
+
+def _readers(name: str, steps: Sequence[Step]) -> list[str]:
+    """The stages that read a stage, directly or through others."""
+    found = {name}
+    for step in steps:
+        if found & step.identity["upstream"].keys():
+            found.add(step.stage.name)
+    return sorted(found - {name})
 
 
 _RECORDED = ("fingerprint", "version", "seconds", "peak_memory_bytes", "resumed", "outputs")
@@ -311,8 +348,12 @@ def _write_records(
             name: {key: record.get(key) for key in _RECORDED} for name, record in records.items()
         },
     }
-    write_json(run.path / "manifest.json", manifest)
     results = {name: read_json(run.stage(name).result_path) for name in records}
+    if "data" in results:
+        manifest["data"] = {
+            key: results["data"].get(key) for key in ("sources", "duplicates", "left_out", "splits")
+        }
+    write_json(run.path / "manifest.json", manifest)
     summary = {
         "run": config.name,
         "stages": {name: result["headline"] for name, result in results.items()},
@@ -395,7 +436,7 @@ def _peak_memory() -> dict[str, int]:
     return peak
 
 
-def _storage_trouble(error: Exception, out: Path) -> str | None:
+def storage_trouble(error: Exception, out: Path) -> str | None:
     """One line if an exception comes from a full, read-only or forbidden disk; else None."""
     if isinstance(error, OSError):
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:

@@ -296,8 +296,12 @@ class StageFolder:
         if self.path.is_dir():
             shutil.rmtree(self.path)
 
+    def invalidate(self) -> None:
+        """Take the completion mark away: an input is about to be written again."""
+        self._done.unlink(missing_ok=True)
+
     def finish(self, fingerprint: str, result: Json, record: Mapping[str, Json]) -> None:
-        """Write the result and the completion mark, in this order."""
+        """Write the result and the completion mark, in this order; then drop ``checkpoints/``."""
         write_json(self.result_path, result)
         outputs = {
             str(item.relative_to(self.path)): hash_file(item)
@@ -306,6 +310,7 @@ class StageFolder:
         }
         write_json(self._done, {**record, "fingerprint": fingerprint, "outputs": outputs})
         self._partial.unlink(missing_ok=True)
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
 
 def _is_output(relative: Path) -> bool:
@@ -348,7 +353,11 @@ class Run:
                 f"{self.path} holds the run {manifest.get('name')!r}, not {name!r}; "
                 "choose another --out"
             )
-        strangers = sorted(item.name for item in self.path.iterdir() if item.name != ".lock")
+        strangers = sorted(
+            item.name
+            for item in self.path.iterdir()
+            if item.name != ".lock" and item.suffix != ".tmp"  # of a claim that was killed
+        )
         if manifest is None and strangers:
             raise StoreError(
                 f"{self.path} is not empty and holds no run (found {strangers[0]!r}); "

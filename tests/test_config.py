@@ -76,6 +76,7 @@ dop: {}
         ("vector={strengths: [1, 0, 2]}", "in rising order"),
         ("data.sources=[]", "data.sources: tuple should have at least 1 item"),
         ("data.sources.0.format=csv", "data.sources.0"),
+        ("prompts=1", "prompts: unknown key"),
         ("models.base=some/model", "models.base and base are both given"),
         ("models.tuned=some/model", "models.tuned and dpo are both given"),
     ],

@@ -26,7 +26,7 @@ def blocks(language: str) -> list[tuple[Path, str]]:
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a results/tiny that holds two small models."""
+    """A folder with a runs/demo that holds two small models."""
     from dsteer.models.tiny import build_model, build_tokenizer
 
     texts = [str(pair.prompt) + str(pair.chosen) for pair in World(0).pairs(100)]
@@ -34,7 +34,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shape = TinyModelConfig(vocab_size=400, hidden_size=32, intermediate_size=48)
     model = build_model(shape, tokenizer, seed=0)
     for stage in ("base", "dpo"):
-        folder = tmp_path / "results" / "tiny" / stage / "model"
+        folder = tmp_path / "runs" / "demo" / stage / "model"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         with torch.no_grad():

@@ -151,6 +151,50 @@ def test_until_only_force(tmp_path: Path, stages: Stages) -> None:
         go(tmp_path, "seed=1", only="cosine")
 
 
+def test_a_lost_output_reruns_its_stage_and_all_that_read_it(
+    tmp_path: Path, stages: Stages
+) -> None:
+    # As in a fresh clone of committed results, which hold no weights and no states.
+    go(tmp_path)
+    (tmp_path / "base" / "out.txt").unlink()
+    stages.ran.clear()
+    plan = {s.stage.name: s for s in make_plan(config(), Run(tmp_path))}
+    assert plan["data"].action == "skip"
+    assert plan["dpo"].why == "base runs again"
+    go(tmp_path)
+    assert stages.ran == ALL[1:]
+
+
+def test_what_is_forced_is_forced_downstream_though_killed_in_between(
+    tmp_path: Path, stages: Stages
+) -> None:
+    go(tmp_path)
+
+    def die(context: StageContext) -> None:
+        raise KeyboardInterrupt
+
+    stages.before["dpo"] = die
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, force="dpo")
+    del stages.before["dpo"]
+    stages.ran.clear()
+    go(tmp_path)
+    assert stages.ran == ALL[2:], "what read the old output is not taken for complete"
+
+
+def test_the_manifest_accounts_for_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def data(context: StageContext) -> Json:
+        return {"headline": {}, "notes": [], "sources": [{"dropped": {"empty_answer": 3}}]}
+
+    monkeypatch.setattr(pipeline, "call", data)
+    go(tmp_path, until="data")
+    assert read_json(tmp_path / "manifest.json")["data"]["sources"][0]["dropped"] == {
+        "empty_answer": 3
+    }
+
+
 def test_stage_names_are_checked(tmp_path: Path, stages: Stages) -> None:
     with pytest.raises(ConfigError, match=r"--until cosin: no such stage; did you mean 'cosine'"):
         go(tmp_path, until="cosin")

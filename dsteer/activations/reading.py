@@ -27,11 +27,11 @@ from dsteer.models.pair import ModelPair, Which
 from dsteer.progress import SILENT, Reporter
 from dsteer.store import hash_json
 
-# A padded row must give the states of the row alone, up to rounding. A model in which a real token
-# sees padding misses this by orders of magnitude.
+# A row must give the same states alone and with tokens behind it, up to rounding. A model in which
+# a real token sees padding misses this by orders of magnitude.
 _PADDING_ERROR = {torch.float32: 1e-4}
 _PADDING_ERROR_LOW_PRECISION = 5e-2
-_PROBE_PADDING = 16
+_PROBE_TOKENS = 16
 
 _MOST_WORKERS = 8  # more would wait for Python's lock
 
@@ -182,7 +182,8 @@ class Reading:
             reporter.bar(f"states of {which}", len(needed), unit="prompts", done=done) as advance,
         ):
             left = [number for number in range(len(batches)) if number not in sink.done]
-            _each(read, left, workers)
+            # Workers by all batches, not by those left: a resumed reading runs on as it began.
+            _each(read, left, min(workers, len(batches)))
 
     def _select(self, batch: Batch) -> Select:
         ranges = [self.ranges[prompt] for prompt in batch.prompts]
@@ -192,29 +193,31 @@ class Reading:
 
 
 def padding_is_unseen(model: Model, anatomy: Anatomy, needed: Sequence[Sequence[int]]) -> bool:
-    """Whether a prompt gives the same states alone and with padding on its right.
+    """Whether tokens on the right of a prompt leave its states as they are.
 
     So it is in every causal model, but for long RoPE, which turns all rows of a batch by other
-    angles as soon as the longest exceeds the length of pre-training. The claim is tested on the
-    shortest prompt at final_norm; two copies of it without padding tell how much is mere rounding.
+    angles as soon as the longest exceeds the length of pre-training. The claim is tested at
+    final_norm on the beginning of the longest prompt, alone and with its next tokens behind it; two
+    copies of it side by side tell how much is mere rounding.
     """
-    if max(map(len, needed)) > _longrope_length(model):
+    longest = max(needed, key=len)
+    if len(longest) > _longrope_length(model):
         return False
-    row = min(needed, key=len)
-    last = select_tokens([range(len(row) - 1, len(row))])
+    length = min(_PROBE_TOKENS, (len(longest) + 1) // 2)
+    one = range(length - 1, length)
+
+    def read(*rows: Sequence[int]) -> Tensor:
+        ids = pad_right(rows, len(rows[0]))
+        return capture.read(ids, select_tokens([one] * len(rows)))[FINAL_NORM][0]
 
     with Capture(anatomy, [FINAL_NORM]) as capture:
-
-        def read(rows: Sequence[Sequence[int]], length: int) -> Tensor:
-            return capture.read(pad_right(rows, length), last)[FINAL_NORM][0]
-
-        alone = read([row], len(row))
-        scale = float(alone.norm())
-        padded = float((read([row], len(row) + _PROBE_PADDING) - alone).norm())
-        if not padded > scale * _PADDING_ERROR.get(anatomy.dtype, _PADDING_ERROR_LOW_PRECISION):
+        row = longest[:length]
+        alone, followed = read(row), read(longest[: 2 * length])
+        bound = _PADDING_ERROR.get(anatomy.dtype, _PADDING_ERROR_LOW_PRECISION)
+        change = float((followed - alone).norm())
+        if change <= bound * float(alone.norm()):
             return True
-        rounding = float((read([row, row], len(row)) - alone).norm())
-    return padded < 10 * rounding
+        return change < 10 * float((read(row, row) - alone).norm())
 
 
 def workers_for(model: Model, anatomy: Anatomy) -> int:
@@ -248,7 +251,6 @@ def has_foreign_hooks(model: Model) -> bool:
 
 def _each(work: Callable[[int], None], items: Sequence[int], workers: int) -> None:
     """Do the work for each item, in order, several at a time; the first error stops the rest."""
-    workers = min(workers, len(items))
     if workers <= 1:
         for item in items:
             work(item)
@@ -279,13 +281,19 @@ def _longrope_length(model: Model) -> float:
 
 
 def sample_weights(model: Model, count: int = 1024) -> str:
-    """SHA-256 over some evenly spaced elements of every parameter: tells models apart, cheaply."""
+    """SHA-256 over the sum and some evenly spaced elements of every tensor: a cheap fingerprint.
+
+    It tells models apart that differ in more than a few elements which happen to cancel.
+    """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, parameter in sorted(tensors.items()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.device.type == "meta":
             continue
         flat = parameter.detach().reshape(-1)
+        if flat.is_floating_point():
+            digest.update(f"{float(flat.sum(dtype=torch.float32))!r}".encode())
         step = max(1, len(flat) // count)
         digest.update(flat[::step].contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsteer.errors import StoreError
-from dsteer.store import Json, read_metadata
+from dsteer.store import Json, atomic_path, read_metadata
 
 
 class States(Mapping[str, Tensor]):
@@ -170,14 +170,15 @@ class FileSink:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-            self._journal.unlink(missing_ok=True)
             if not self.done:
+                self._journal.unlink(missing_ok=True)
                 with self._partial.open("wb") as file:
                     file.write(header)
                     _reserve(file.fileno(), size)
             self._file = self._partial.open("r+b")
-            self._lines = self._journal.open("w", encoding="ascii")
-            self._lines.writelines(f"{batch}\n" for batch in sorted(self.done))
+            with atomic_path(self._journal) as temporary:
+                temporary.write_text("".join(f"{batch}\n" for batch in sorted(self.done)))
+            self._lines = self._journal.open("a", encoding="ascii")
         except OSError as error:
             raise _unwritable(self._partial, error) from None
 

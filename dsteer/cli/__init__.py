@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from dsteer.errors import DsteerError
+from dsteer.errors import ConfigError, DsteerError
 
 app = typer.Typer(
     name="dsteer",
@@ -61,10 +61,18 @@ def _friendly(command: Command) -> Command:
                 raise
             print(f"dsteer: {error}", file=sys.stderr)  # noqa: T201
             raise typer.Exit(2) from None
+        except OSError as error:
+            from dsteer.pipeline import storage_trouble
+
+            trouble = storage_trouble(error, Path())
+            if debug or trouble is None:
+                raise
+            print(f"dsteer: {trouble}", file=sys.stderr)  # noqa: T201
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             print(  # noqa: T201
                 "\ndsteer: interrupted; nothing that was complete is lost, and the same command "
-                "goes on from here",
+                "goes on from here (without --force, which starts over)",
                 file=sys.stderr,
             )
             raise typer.Exit(130) from None
@@ -93,7 +101,10 @@ def _read(pipeline: str, overrides: list[str] | None) -> tuple[Any, str]:
     from dsteer.config import find_pipeline, read_pipeline
 
     path = find_pipeline(pipeline)
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text; expected a YAML pipeline") from None
     return read_pipeline(text, overrides or (), origin=path.name), text
 
 

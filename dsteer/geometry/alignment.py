@@ -46,10 +46,14 @@ def cosine_to_mean(
         float64 (N,). NaN where it is undefined: zero rows, a zero mean, leave-one-out of one row.
 
     Raises:
-        MeasurementError: malformed or non-finite input.
+        MeasurementError: malformed or non-finite input, or an unknown mode.
     """
+    if mode not in ("in_sample", "leave_one_out"):
+        raise MeasurementError(f"mode {mode!r}: expected 'in_sample' or 'leave_one_out'")
     rows = as_matrix(delta, "delta")
     total = rows.sum(axis=0)
+    if np.linalg.norm(total) <= len(rows) * np.finfo(np.float64).eps * np.linalg.norm(rows):
+        total = np.zeros_like(total)  # the rows cancel, and only rounding is left
     norms = np.linalg.norm(rows, axis=1)
     if mode == "in_sample":
         return torch.from_numpy(_cosines(rows @ total, norms, np.linalg.norm(total)))

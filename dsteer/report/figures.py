@@ -676,7 +676,7 @@ def fig4a_entropy(result: dict[str, Json], _folder: Path) -> Drawing | None:
     data["caption"] = (
         f"Figure 4a. Spectral entropy (weights {weights}, nats) of the states of the base, of the "
         f"states of the tuned model, and of their difference ΔH, on the same {_counts(n, d)}. "
-        "Bands and bars: bootstrap intervals. Left, uncentred spectra hold the shift that all "
+        "Bands and bars: jackknife intervals. Left, uncentred spectra hold the shift that all "
         "prompts share; right, centred spectra hold only what differs between prompts. "
         "final_norm stands apart." + _undefined_sentence(results, sites)
     )

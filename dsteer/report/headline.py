@@ -21,10 +21,11 @@ from dsteer.report.values import (
 from dsteer.store import Json
 
 CONSTANT_BIAS = (
-    "At final_norm, adding λv adds the same logit bias λ W_U v to every token: it can do nothing "
-    "that depends on the prompt."
+    "At final_norm, adding λv adds the same logit bias λ W_U v to every token (before a soft cap "
+    "and in units of the logit scale, where the model has these): it can do nothing that depends "
+    "on the prompt."
 )
-"""Holds for every model with a linear head, and stands in every report."""
+"""Stands in every report."""
 
 Point = tuple[str, list[str]]
 """What some sentences are about, and the sentences."""

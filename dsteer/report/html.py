@@ -72,7 +72,7 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("noise floor", "what the same measurement gives for the base against itself at another batch "
      "size"),
     ("inert", "a shift along the state itself, which the norm takes away again"),
-    ("interval", "bootstrap over conversations"),
+    ("interval", "bootstrap over conversations; for spectra and shares, jackknife over them"),
 )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def write_report(run: Path, title: str | None = None) -> Path:
         description=manifest.get("description") or "",
         version=manifest.get("dsteer_version") or "",
         headline=headline(manifest, results),
-        interval_words=f"{level} bootstrap intervals" if level else "bootstrap intervals",
+        interval_words=f"{level} intervals" if level else "intervals",
         notes=_notes(summary, results),
         titles={stage: words for stage, (words, _) in SECTIONS.items()},
         paper=paper_table(results),

@@ -164,7 +164,7 @@ def paper_table(results: Results) -> Table | None:
     ]
     return Table(
         "paper",
-        "The paper's values (arXiv:2512.11838) beside ours. Brackets: bootstrap interval.",
+        "The paper's values (arXiv:2512.11838) beside ours. Brackets: interval.",
         [
             Column("claim", text=True),
             Column("paper", text=True),
@@ -715,7 +715,7 @@ def _spectrum(result: Json) -> list[Table]:
         Table(
             "spectrum-uncentred",
             f"ΔH, uncentred: the shift that all prompts share is kept ({counts}, p = {power}). "
-            "Ranks depend on N. Brackets: bootstrap interval.",
+            "Ranks depend on N. Brackets: jackknife interval.",
             [
                 site,
                 Column(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 
 from dsteer.config import resolved
 from dsteer.data.jsonl import read_pairs
@@ -88,5 +87,4 @@ def run(context: StageContext) -> Json:
         "notes": notes,
     }
     draw_result("base", result, context.folder)
-    shutil.rmtree(checkpoints)
     return result

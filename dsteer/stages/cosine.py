@@ -190,16 +190,26 @@ def _notes(sites: Mapping[str, Json], chosen: str | None) -> list[str]:
     lost = [
         site
         for site, result in sites.items()
-        if (mean := _mean(sites, site)) is not None
+        if (bound := _lower(result)) is not None
         and result["null"]["q95"] is not None
-        and mean <= result["null"]["q95"]
+        and bound <= result["null"]["q95"]
     ]
     if lost:
         notes.append(
             "No shared direction can be told from chance at "
-            f"{', '.join(lost)}: the mean held-out cosine is within the null's 95 % quantile."
+            f"{', '.join(lost)}: the interval of the mean held-out cosine reaches down to the "
+            "null's 95 % quantile."
         )
     return notes
+
+
+def _lower(result: Json) -> float | None:
+    """Lower end of the mean held-out cosine; the mean itself where it has no interval."""
+    mean = result["held_out"]["mean"]
+    if mean is None:
+        return None
+    low: float | None = mean["low"] if mean["low"] is not None else mean["value"]
+    return low
 
 
 def _count(sites: Mapping[str, float]) -> str:

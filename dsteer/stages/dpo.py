@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 from transformers import PreTrainedModel
 
 from dsteer.data.jsonl import read_pairs
@@ -29,7 +27,9 @@ def run(context: StageContext) -> Json:
     own_base = "base" in context.inputs
     revision = None if own_base else models.base_revision
     tokenizer = load_tokenizer(
-        models.tokenizer or base_path, trust_remote_code=models.trust_remote_code
+        models.tokenizer or base_path,
+        revision=None if models.tokenizer else revision,
+        trust_remote_code=models.trust_remote_code,
     )
 
     def load_base() -> PreTrainedModel:
@@ -70,7 +70,6 @@ def run(context: StageContext) -> Json:
         ],
     }
     draw_result("dpo", result, context.folder)
-    shutil.rmtree(context.folder / "checkpoints")
     return result
 
 

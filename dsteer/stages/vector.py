@@ -32,8 +32,9 @@ ABOVE_NOISE = 5.0
 """A norm, or a KL, counts as measured when it is more than so many times its noise floor."""
 
 CONSTANT_BIAS = (
-    "At final_norm λv* adds the same logit bias λ·W_U·v* to every token of every prompt: it can do "
-    "nothing that depends on the prompt."
+    "At final_norm λv* adds the same logit bias λ·W_U·v* to every token of every prompt (before a "
+    "soft cap and in units of the model's logit scale, where it has these): it can do nothing that "
+    "depends on the prompt."
 )
 
 

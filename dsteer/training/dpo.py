@@ -282,7 +282,8 @@ def _train(
         if parameter.requires_grad
     }
     if held:
-        watcher.reference = pair_likelihoods(trainer.model, held)
+        with trainer.accelerator.autocast():  # as the trainer will run the model
+            watcher.reference = pair_likelihoods(trainer.model, held)
     with watcher:
         newest = latest_checkpoint(checkpoints)
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)

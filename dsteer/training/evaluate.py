@@ -216,12 +216,16 @@ def evaluate(
 
 
 def noise_floor(base: PreTrainedModel, items: Sequence[Continuation]) -> float:
-    """KL in nats a token of a model in batches against itself one text at a time."""
+    """KL in nats a token of a model in batches against itself one text at a time.
+
+    A text that has a batch to itself is read twice in one batch: another batch size in any case.
+    """
     total = 0.0
     for batch in batches(items, _vocab_size(base)):
         texts = [items[index] for index in batch]
         alone = [continuation_logits(base, [text])[0] for text in texts]
-        total += float(_kl_sums(continuation_logits(base, texts), alone).sum())
+        together = continuation_logits(base, texts if len(texts) > 1 else texts * 2)
+        total += float(_kl_sums(together[: len(texts)], alone).sum())
     return total / sum(len(item.tokens) for item in items)
 
 

@@ -82,6 +82,13 @@ def test_mistakes_end_in_one_line_and_exit_2(
     assert "Traceback" not in err
 
 
+def test_a_pipeline_that_is_no_text(folder: Path) -> None:
+    (folder / "bad.yaml").write_bytes(b"\xff\xfe\x00")
+    code, _, err = ask("validate", "bad.yaml")
+    assert code == 2
+    assert "not UTF-8 text" in err
+
+
 def test_debug_shows_the_traceback(folder: Path) -> None:
     result = CliRunner().invoke(cli.app, ["validate", "gone.yaml", "--debug"])
     assert result.exit_code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import numpy as np
@@ -91,3 +92,14 @@ def test_histogram_mode() -> None:
     assert histogram_mode(np.array([0.51, 0.515, -0.3, math.nan])) == pytest.approx(0.51)
     assert histogram_mode(np.array([0.71, -0.29])) == pytest.approx(-0.29)  # a tie: the lowest
     assert histogram_mode(np.array([math.nan])) is None
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    unchecked = inspect.unwrap(cosine_to_mean)  # as users have it, without the tests' type checks
+    with pytest.raises(MeasurementError, match="in-sample"):
+        unchecked(torch.eye(3, dtype=torch.float64), "in-sample")
+
+
+def test_rows_that_cancel_have_no_mean_direction() -> None:
+    rows = torch.tensor([[0.1], [0.2], [-0.3]], dtype=torch.float64) * torch.arange(1.0, 5.0)
+    assert torch.isnan(cosine_to_mean(rows)).all()
