@@ -339,7 +339,7 @@ def _write_records(
         "commit": commit,
         "dirty": dirty,
         "versions": {"python": platform.python_version(), **_versions()},
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": _device(config),
         "config": resolved(config),
         "overrides": list(overrides),

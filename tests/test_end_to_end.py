@@ -37,6 +37,8 @@ def start(out: Path, *more: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

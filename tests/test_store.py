@@ -113,11 +113,13 @@ def test_stage_states(tmp_path: Path) -> None:
     stage.begin("g")
     assert not (stage.path / "rows").exists(), "partial work of another fingerprint is cleared"
     (stage.path / "rows").write_text("whole")
+    (stage.path / "checkpoints" / "step-1").mkdir(parents=True)
     (stage.path / "figures").mkdir()
     (stage.path / "figures" / "a.png").write_text("drawing")
     stage.finish("g", {"n": 1}, {"seconds": 2.0})
     assert stage.state("g") == "complete"
     assert stage.state("f") == "stale"
+    assert not (stage.path / "checkpoints").exists(), "scaffolding goes with the last mark"
     record = stage.record()
     assert record is not None
     assert set(record["outputs"]) == {"rows", "result.json"}, "figures can be redrawn"

@@ -821,7 +821,8 @@ def settings_tables(manifest: dict[str, Json]) -> list[Table]:
             [[key, plain(value)] for key, value in facts.items() if value is not None],
         )
     ]
-    stages = mapping(manifest.get("stages"))
+    # The report does not tell of itself: drawn again, it is the same file.
+    stages = {k: v for k, v in mapping(manifest.get("stages")).items() if k != "report"}
     if stages:
         tables.append(
             Table(
