@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsteer.errors import MeasurementError
-from dsteer.geometry.displacement import as_matrix, as_numbers, as_vector
+from dsteer.geometry.displacement import as_matrix, as_numbers, rows_and_vector
 
 
 def cosine_to(
@@ -25,11 +25,7 @@ def cosine_to(
     Raises:
         MeasurementError: malformed or non-finite input, or different widths.
     """
-    rows, v = as_matrix(delta, "delta"), as_vector(vector)
-    if rows.shape[1] != v.size:
-        raise MeasurementError(
-            f"vector: width {v.size}, but the displacements have {rows.shape[1]}"
-        )
+    rows, v = rows_and_vector(delta, vector)
     return torch.from_numpy(_cosines(rows @ v, np.linalg.norm(rows, axis=1), np.linalg.norm(v)))
 
 

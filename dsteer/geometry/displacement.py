@@ -34,6 +34,20 @@ def as_vector(vector: object, name: str = "vector") -> np.ndarray:
     return _checked(vector, name, ("d",))
 
 
+def rows_and_vector(delta: object, vector: object) -> tuple[np.ndarray, np.ndarray]:
+    """Check displacements (n, d) and a vector (d,) of their width; both as float64 arrays.
+
+    Raises:
+        MeasurementError: malformed or non-finite input, or different widths.
+    """
+    rows, v = as_matrix(delta, "delta"), as_vector(vector)
+    if rows.shape[1] != v.size:
+        raise MeasurementError(
+            f"vector: width {v.size}, but the displacements have {rows.shape[1]}"
+        )
+    return rows, v
+
+
 def as_numbers(values: object, name: str) -> np.ndarray:
     """Check a list of numbers and return it as a float64 array (n,); NaN and infinities pass.
 
@@ -205,11 +219,7 @@ def strengths_along(
     Raises:
         MeasurementError: malformed or non-finite input, or different widths.
     """
-    rows, v = as_matrix(delta, "delta"), as_vector(vector)
-    if rows.shape[1] != v.size:
-        raise MeasurementError(
-            f"vector: width {v.size}, but the displacements have {rows.shape[1]}"
-        )
+    rows, v = rows_and_vector(delta, vector)
     squared = float(v @ v)
     return None if squared == 0 else torch.from_numpy(rows @ v / squared)
 
