@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from dsteer.geometry.spectrum import spectrum as spectrum
     from dsteer.models.pair import ModelPair as ModelPair
     from dsteer.steering.build import mean_difference as mean_difference
+    from dsteer.steering.decode import SweepResult as SweepResult
+    from dsteer.steering.decode import sweep as sweep
+    from dsteer.steering.intervene import steer as steer
     from dsteer.steering.vector import SteeringVector as SteeringVector
     from dsteer.steering.vector import SteeringVectorSet as SteeringVectorSet
 
@@ -33,12 +36,15 @@ _HOMES = {
     "Spectrum": "dsteer.geometry.spectrum",
     "SteeringVector": "dsteer.steering.vector",
     "SteeringVectorSet": "dsteer.steering.vector",
+    "SweepResult": "dsteer.steering.decode",
     "cosine_to": "dsteer.geometry.alignment",
     "cosine_to_mean": "dsteer.geometry.alignment",
     "extract": "dsteer.activations.extract",
     "load_preferences": "dsteer.data",
     "mean_difference": "dsteer.steering.build",
     "spectrum": "dsteer.geometry.spectrum",
+    "sweep": "dsteer.steering.decode",
+    "steer": "dsteer.steering.intervene",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]  # pyright: ignore

@@ -34,10 +34,12 @@ def default_budget(device: torch.device) -> int:
     return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
 
 
-def plan_batches(lengths: Sequence[int], budget: int, *, pad: bool = True) -> list[Batch]:
+def plan_batches(
+    lengths: Sequence[int], budget: int, *, pad: bool = True, fixed: float | None = None
+) -> list[Batch]:
     """Cut prompts, sorted by length, into the batches that cost least.
 
-    A batch of r prompts, the longest of n tokens, costs r·n + budget/32: the second term stands for
+    A batch of r prompts, the longest of n tokens, costs r·n + fixed: the second term stands for
     what each pass costs beside its tokens. The cuts of least total cost are found exactly, by
     dynamic programming over the sorted lengths, under r·n ≤ budget or r = 1. The longest come
     first, so that the first batch shows whether memory suffices.
@@ -46,7 +48,9 @@ def plan_batches(lengths: Sequence[int], budget: int, *, pad: bool = True) -> li
         lengths: tokens of each prompt.
         budget: the most tokens of a batch, padding included; a longer prompt is read alone.
         pad: whether prompts of different lengths may share a batch.
+        fixed: what a batch costs beside its tokens, in tokens; default: budget/32.
     """
+    fixed = budget / 32 if fixed is None else fixed
     order = sorted(range(len(lengths)), key=lambda prompt: (-lengths[prompt], prompt))
     size = np.array([lengths[prompt] for prompt in order], dtype=np.int64)
     n = len(order)
@@ -59,7 +63,7 @@ def plan_batches(lengths: Sequence[int], budget: int, *, pad: bool = True) -> li
         ):
             first += 1
         starts = np.arange(first, end)
-        costs = cost[first:end] + size[first:end] * (end - starts) + budget / 32
+        costs = cost[first:end] + size[first:end] * (end - starts) + fixed
         best = int(costs.argmin())
         cost[end], cut[end] = costs[best], first + best
     batches = []

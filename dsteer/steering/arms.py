@@ -1,0 +1,195 @@
+"""Many ways to steer in one pass: arms that share a site, and states under all of them at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dsteer.activations.batching import default_budget, pad_right, plan_batches
+from dsteer.activations.reading import padding_is_unseen
+from dsteer.activations.sites import block_of
+from dsteer.data.tokens import Encoded
+from dsteer.errors import ModelError
+from dsteer.models.anatomy import Anatomy, evaluating
+from dsteer.models.load import Model
+from dsteer.steering.attention import attending, causal
+from dsteer.steering.intervene import Hooks, Intervention, Operation, Placement, Positions, Schedule
+
+FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
+"""What a model of another build may raise when its attention is replaced."""
+
+_SAME = {torch.float32: 1e-4, torch.float64: 1e-8}
+_SAME_HALF = 5e-2
+"""Relative error of states up to which two ways of computing them are one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One way to steer: ``strength`` times ``vector`` (d,) at the site of the sweep."""
+
+    vector: Float[Tensor, " d"]
+    strength: float
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """Arms and what they have in common.
+
+    Attributes:
+        site: where the vectors act.
+        arms: directions and strengths.
+        operation: what is done with them, see :mod:`dsteer.steering.intervene`.
+        positions: which tokens are steered.
+        schedule: how the strengths change over the generated tokens.
+        seed: of the operation ``noise``.
+    """
+
+    site: str
+    arms: tuple[Arm, ...]
+    operation: Operation = "add"
+    positions: Positions = "all"
+    schedule: Schedule | None = None
+    seed: int = 0
+
+    def intervention(self, rows: Sequence[int] | None = None) -> Intervention:
+        """What is done, one value an arm; or one a row, row i being steered by arm ``rows[i]``."""
+        arms = self.arms if rows is None else [self.arms[row] for row in rows]
+        needs_vector = self.operation != "scale"
+        return Intervention(
+            site=self.site,
+            vector=torch.stack([arm.vector for arm in arms]) if needs_vector else None,
+            strength=torch.tensor([arm.strength for arm in arms], dtype=torch.float64),
+            operation=self.operation,
+            positions=self.positions,
+            schedule=self.schedule,
+            seed=self.seed,
+        )
+
+
+@contextlib.contextmanager
+def expanding(anatomy: Anatomy, site: str, arms: int) -> Iterator[None]:
+    """Repeat each row's state at a site for its arms while the block runs: rows × arms.
+
+    Hooks on the site that are registered later see, and change, the repeated state.
+    """
+
+    def expand(_module: nn.Module, _inputs: object, output: Any) -> Any:
+        return Anatomy.write(output, Anatomy.read(output).repeat_interleave(arms, 0))
+
+    block = block_of(site)
+    module = anatomy.final_norm if block is None else anatomy.blocks[block]
+    handle = module.register_forward_hook(expand)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def spread(placement: Placement, owners: Int[Tensor, " r"]) -> Placement:
+    """The placement of rows × arms, of which row r is steered by arm ``owners[r]``."""
+    arms = len(owners) // len(placement.index)
+    lengths = placement.prompt_lengths
+    return Placement(
+        placement.index.repeat_interleave(arms, 0),
+        None if lengths is None else lengths.repeat_interleave(arms),
+        owners,
+    )
+
+
+def steered_states(
+    model: Model,
+    texts: Sequence[Encoded],
+    steering: Steering,
+    *,
+    batch_tokens: int | None = None,
+) -> Iterator[tuple[list[int], Float[Tensor, "a n d"]]]:
+    """final_norm states that predict each answer token, under every arm, teacher-forced.
+
+    Blocks up to the site are run once a text, those behind it once a text and arm, where the
+    model's attention can be replaced (tried on the first texts, and compared).
+
+    Args:
+        model: a causal language model, not compiled.
+        texts: prompts with answers; the states are those at tokens p − 1 … n − 2.
+        steering: the arms.
+        batch_tokens: tokens × arms a batch; default: four times what extraction takes.
+
+    Yields:
+        The numbers of some texts, and their states (arms, tokens of these texts in order, d), in
+        the model's dtype, on its device.
+    """
+    anatomy = Anatomy.of(model)
+    budget = batch_tokens or 4 * default_budget(anatomy.device)
+    needed = [item.ids[:-1] for item in texts]
+    lengths = [len(ids) for ids in needed]
+    with evaluating(model):
+        shares = _shares(model, anatomy, texts, steering)
+        pad = shares or padding_is_unseen(model, anatomy, needed)
+        chunk = max(1, min(len(steering.arms), budget // max(lengths)))
+        for batch in plan_batches(lengths, max(max(lengths), budget // chunk), pad=pad):
+            chosen = [texts[number] for number in batch.prompts]
+            parts = [
+                _states(model, anatomy, chosen, steering, range(first, last), shares)
+                for first in range(0, len(steering.arms), chunk)
+                for last in [min(first + chunk, len(steering.arms))]
+            ]
+            yield list(batch.prompts), torch.cat(parts)
+
+
+def _shares(model: Model, anatomy: Anatomy, texts: Sequence[Encoded], steering: Steering) -> bool:
+    """Whether rows may part at the site: on two texts, the states are as those of whole passes."""
+    by_length = sorted(texts, key=lambda item: len(item.ids))
+    arms = range(min(2, len(steering.arms)))
+    try:
+        both = _states(model, anatomy, [by_length[-1], by_length[0]], steering, arms, True)
+    except (ModelError, *FAILURES):
+        return False
+    alone = [
+        _states(model, anatomy, [item], steering, arms, False)
+        for item in (by_length[-1], by_length[0])
+    ]
+    plain = torch.cat(alone, dim=1)
+    error = float((both - plain).norm() / plain.norm())
+    return error <= _SAME.get(anatomy.dtype, _SAME_HALF)
+
+
+def _states(
+    model: Model,
+    anatomy: Anatomy,
+    texts: Sequence[Encoded],
+    steering: Steering,
+    arms: range,
+    share: bool,
+) -> Float[Tensor, "a n d"]:
+    """The states of some texts under some arms, in one pass."""
+    device = anatomy.device
+    width = max(len(item.ids) for item in texts) - 1
+    ids = pad_right([item.ids[:-1] for item in texts], width).to(device)
+    last = torch.tensor([len(item.ids) - 1 for item in texts], device=device)
+    column = torch.arange(width, device=device)
+    prompt_lengths = torch.tensor([item.prompt_length for item in texts], device=device)
+    placement = Placement(torch.where(column < last[:, None], column, -1), prompt_lengths)
+    owners = torch.tensor(arms, device=device).repeat(len(texts))
+    with contextlib.ExitStack() as stack:
+        if share:
+            stack.enter_context(attending(model, causal))
+            stack.enter_context(expanding(anatomy, steering.site, len(arms)))
+        else:
+            ids = ids.repeat_interleave(len(arms), 0)
+        hooks = stack.enter_context(Hooks(model, [steering.intervention()]))
+        hooks.placement = spread(placement, owners)
+        output = anatomy.decoder(input_ids=ids, use_cache=False)
+    states = Anatomy.read(output[0]).view(len(texts), len(arms), width, -1)
+    return torch.cat(
+        [
+            states[row, :, item.prompt_length - 1 : len(item.ids) - 1]
+            for row, item in enumerate(texts)
+        ],
+        dim=1,
+    )
