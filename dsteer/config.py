@@ -115,6 +115,11 @@ class SyntheticSource(Section):
         "all", description="Which topics the prompts are about."
     )
     label_noise: float = Field(0.0, ge=0, le=0.5, description="Share of flipped labels.")
+    differ: Literal["all", "preferred"] = Field(
+        "all",
+        description="Where a pair's two answers differ: in all poles and words, or (minimal pairs) "
+        "only in the words of axes with a weight.",
+    )
     seed: int = 0
     use: tuple[SplitName, ...] = SPLITS
 
@@ -295,6 +300,144 @@ class SpectrumConfig(Section):
     confidence: float = Field(0.95, gt=0.5, lt=1)
 
 
+class GeometryConfig(Section):
+    """Figures 1a to 1c on real pairs: preference vectors, gradients of the DPO loss, clouds."""
+
+    pairs: PositiveInt = Field(256, description="Test pairs whose preference vectors are read.")
+    gradient_pairs: PositiveInt = Field(48, description="Test pairs whose gradients are taken.")
+    inner_site: str = Field(
+        "auto", description="The inner block of figure 1b; auto: the middle one."
+    )
+    max_tokens: PositiveInt = Field(384, description="Longer prompts are cut on the left, counted.")
+    bootstrap: PositiveInt = 1000
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+
+SteeredPositions = Literal["all", "prompt", "prompt_last", "generated"]
+
+
+class SweepConfig(Section):
+    """Turn the strength λ of v*, generate, and measure; v* is added to, or taken from, a model."""
+
+    site: str = Field(
+        "auto", description="Where v* acts; auto: where it recovers most KL on the tune pairs."
+    )
+    strengths: tuple[float, ...] | Literal["auto"] = Field(
+        "auto",
+        description="The λ, in units of v*; auto: the live range and one step past collapse.",
+    )
+    points: int = Field(13, ge=9, description="How many λ an automatic grid has.")
+    max_strength: PositiveFloat = Field(64.0, description="An automatic grid goes no further.")
+    positions: SteeredPositions = "all"
+    pairs: PositiveInt = Field(96, description="Test pairs of the teacher-forced metrics.")
+    response_tokens: PositiveInt = Field(48, description="Tokens of each answer that these read.")
+    prompts: PositiveInt = Field(32, description="Test prompts that are answered.")
+    range_prompts: PositiveInt = Field(16, description="Tune prompts that find the live range.")
+    max_new_tokens: PositiveInt = 64
+    max_tokens: PositiveInt = Field(768, description="Longer prompts are cut on the left, counted.")
+    temperature: NonNegativeFloat = Field(0.0, description="0: greedy.")
+    stop: tuple[str, ...] = Field(
+        ("\n\nHuman:",), description="A generated text ends before the first of these."
+    )
+    random_directions: int = Field(
+        20, ge=2, description="Norm-matched random directions of the teacher-forced metrics."
+    )
+    random_generations: int = Field(3, ge=0, description="Those of them that also generate.")
+    memory_mb: PositiveInt = Field(1024, description="Memory for cached keys, values and logits.")
+    samples: str = Field(
+        "auto",
+        description="Prompts of the λ explorer: test, benign (a shipped list), or a file of "
+        "prompts; auto: test for the synthetic world, else benign.",
+    )
+    sample_prompts: PositiveInt = Field(12, description="Prompts in the λ explorer.")
+    bootstrap: PositiveInt = 1000
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+    @field_validator("strengths")
+    @classmethod
+    def _a_grid(cls, value: tuple[float, ...] | Literal["auto"]) -> tuple[float, ...] | str:
+        if value == "auto":
+            return value
+        if len(value) < 3 or any(a >= b for a, b in pairwise(value)):
+            raise ValueError("needs at least 3 strengths, in rising order, or 'auto'")
+        if 0.0 not in value:
+            raise ValueError("needs the strength 0, the sham arm")
+        return value
+
+
+class InterpolationConfig(SweepConfig):
+    """Add λv* to the base (figure 2a)."""
+
+
+class InversionConfig(SweepConfig):
+    """Take λv* from the tuned model (figure 2b)."""
+
+
+class ToxicityConfig(Section):
+    """A text classifier, or the Perspective API (key: PERSPECTIVE_API_KEY in the environment)."""
+
+    classifier: str | None = Field(None, description="Hub id or folder of a text classifier.")
+    label: str = Field("toxic", description="The label whose probability is the score.")
+    multi_label: bool | None = Field(
+        None, description="Labels are independent (sigmoid); default: as the classifier's config."
+    )
+    perspective: bool = Field(False, description="The API ends with 2026, as Google announced.")
+    perspective_url: str = Field(
+        "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze",
+        description="Another server that speaks the API's protocol.",
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.classifier is None) == (not self.perspective):
+            raise ValueError("name a classifier, or set perspective: true (one of the two)")
+        return self
+
+
+class JudgeConfig(Section):
+    """G-Eval through an OpenAI-compatible server."""
+
+    base_url: str = Field(description="Such as http://localhost:8080/v1.")
+    model: str
+    criterion: str = "helpfulness: how well the answer meets what the user asked for"
+    scale: tuple[int, ...] = Field(
+        (1, 2, 3, 4, 5), min_length=2, description="The grades: digits, each one token."
+    )
+    top_logprobs: int = Field(
+        10, ge=1, le=20, description="Alternatives of a token to ask for; many servers cap this."
+    )
+    api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable with the key.")
+    threads: PositiveInt = Field(4, description="Questions that are under way at once.")
+    retries: int = Field(3, ge=0)
+    timeout: PositiveFloat = Field(60.0, description="Seconds.")
+    refusal: bool = Field(False, description="Ask the judge for refusals too.")
+
+    @field_validator("scale")
+    @classmethod
+    def _digits(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(a >= b for a, b in pairwise(value)) or value[0] < 0 or value[-1] > 9:
+            raise ValueError("needs rising digits from 0 to 9: more may be more than one token")
+        return value
+
+
+class TruthfulqaConfig(Section):
+    """TruthfulQA multiple choice: MC1 and MC2 of the steered model."""
+
+    path: str = Field("truthfulqa/truthful_qa", description="Hub id or the benchmark's CSV file.")
+    limit: PositiveInt | None = Field(None, description="Use only the first questions.")
+
+
+class BehaviourConfig(Section):
+    """Metrics of interpolation and inversion that need something from outside."""
+
+    reward_model: str | None = Field(
+        None, description="Hub id or folder of a sequence-classification reward model."
+    )
+    toxicity: ToxicityConfig | None = None
+    judge: JudgeConfig | None = None
+    truthfulqa: TruthfulqaConfig | None = None
+
+
 class ReportConfig(Section):
     """The figures and the one-file report."""
 
@@ -315,6 +458,10 @@ class PipelineConfig(Section):
     vector: VectorConfig | None = None
     cosine: CosineConfig | None = None
     spectrum: SpectrumConfig | None = None
+    geometry: GeometryConfig | None = None
+    interpolation: InterpolationConfig | None = None
+    inversion: InversionConfig | None = None
+    behaviour: BehaviourConfig = BehaviourConfig()
     report: ReportConfig | None = None
 
     @model_validator(mode="after")
@@ -391,7 +538,12 @@ def _has_below(location: Sequence[object], mistakes: Sequence[Any]) -> bool:
     return any(len(m["loc"]) > depth and m["loc"][:depth] == location for m in mistakes)
 
 
-STAGE_SECTIONS = frozenset({"base", "dpo", "activations", "vector", "cosine", "spectrum", "report"})
+STAGE_SECTIONS = frozenset(
+    {
+        "base", "dpo", "activations", "vector", "cosine", "spectrum", "geometry",
+        "interpolation", "inversion", "report",
+    }
+)  # fmt: skip
 
 
 def _was_removed(name: str, overrides: Sequence[str]) -> bool:

@@ -16,7 +16,7 @@ LAYERS = {
     "errors": 0, "config": 0,
     "geometry": 1, "store": 1, "progress": 1,
     "models": 2, "data": 2, "activations": 2,
-    "training": 3, "steering": 3, "report": 3,
+    "training": 3, "steering": 3, "behaviour": 3, "report": 3,
     "stages": 4,
     "pipeline": 5,
     "cli": 6, "__main__": 6,

@@ -1,0 +1,1 @@
+"""What steering does to behaviour: metrics of logits and of texts."""
