@@ -313,7 +313,7 @@ class GeometryConfig(Section):
     confidence: float = Field(0.95, gt=0.5, lt=1)
 
 
-SteeredPositions = Literal["all", "prompt", "prompt_last", "generated"]
+SteeredPositions = Literal["auto", "all", "prompt", "prompt_last", "generated"]
 
 
 class SweepConfig(Section):
@@ -328,7 +328,11 @@ class SweepConfig(Section):
     )
     points: int = Field(13, ge=9, description="How many λ an automatic grid has.")
     max_strength: PositiveFloat = Field(64.0, description="An automatic grid goes no further.")
-    positions: SteeredPositions = "all"
+    positions: SteeredPositions = Field(
+        "auto",
+        description="Tokens that are steered; auto: of all, prompt_last and generated the one that "
+        "recovers most KL on the tune pairs, chosen together with the site.",
+    )
     pairs: PositiveInt = Field(96, description="Test pairs of the teacher-forced metrics.")
     response_tokens: PositiveInt = Field(48, description="Tokens of each answer that these read.")
     prompts: PositiveInt = Field(32, description="Test prompts that are answered.")

@@ -183,6 +183,7 @@ def _write_world(source: SyntheticSource) -> SourceReading:
         axes=source.axes,
         topics=source.topics,
         label_noise=source.label_noise,
+        differ=source.differ,
     )
     settings = source.model_dump(exclude={"use"}, mode="json")
     return SourceReading(

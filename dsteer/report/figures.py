@@ -24,6 +24,11 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
+from dsteer.report.geometry_figures import (
+    fig1a_preference_geometry,
+    fig1b_gradients,
+    fig1c_clouds,
+)
 from dsteer.report.style import (
     BLUE,
     COLUMN,
@@ -46,6 +51,12 @@ from dsteer.report.style import (
     Drawing,
     Mark,
     styled,
+)
+from dsteer.report.sweep_figures import (
+    fig2a_all_metrics,
+    fig2a_interpolation,
+    fig2b_all_metrics,
+    fig2b_inversion,
 )
 from dsteer.report.values import (
     FINAL_NORM,
@@ -986,5 +997,15 @@ FIGURES: dict[str, dict[str, Draw]] = {
     "vector": {"kl_recovery": kl_recovery, "convergence": convergence},
     "cosine": {"fig3_cosine": fig3_cosine},
     "spectrum": {"fig4a_entropy": fig4a_entropy, "fig4b_singular_values": fig4b_singular_values},
+    "geometry": {
+        "fig1a_preference_geometry": fig1a_preference_geometry,
+        "fig1b_gradients": fig1b_gradients,
+        "fig1c_clouds": fig1c_clouds,
+    },
+    "interpolation": {
+        "fig2a_interpolation": fig2a_interpolation,
+        "fig2a_all_metrics": fig2a_all_metrics,
+    },
+    "inversion": {"fig2b_inversion": fig2b_inversion, "fig2b_all_metrics": fig2b_all_metrics},
 }
 """The figures of each stage, by file name, in the order of the report."""

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from dsteer.report.sweep_values import (
+    SWEEPS,
+    best,
+    collapse,
+    main_metrics,
+    nearest,
+    stands_out,
+)
 from dsteer.report.tables import Results, recovered_at
 from dsteer.report.values import (
     FINAL_NORM,
@@ -10,9 +20,11 @@ from dsteer.report.values import (
     estimate,
     interval,
     is_undefined,
+    items,
     mapping,
     number,
     percent,
+    plain,
     plural,
     point,
     ratio,
@@ -40,6 +52,8 @@ def headline(manifest: dict[str, Json], results: Results) -> list[Point]:
     points += _direction(results.get("cosine"), sites)
     points += _dimension(results.get("spectrum"), sites)
     points += _reach(results.get("vector"))
+    for stage in SWEEPS:
+        points += _swept(results.get(stage))
     return [*points, ("Keep in mind", [CONSTANT_BIAS])]
 
 
@@ -235,3 +249,95 @@ def _share(value: Json) -> str:
     if low is None or high is None:
         return percent(middle)
     return f"{percent(middle)} [{percent(low)}, {percent(high)}]"
+
+
+def _swept(result: Json) -> list[Point]:
+    """What a sweep of λ found: KL recovered, told metrics at λ = 1, λ-equivalents, collapse."""
+    sweep = mapping(result)
+    metrics = mapping(sweep.get("metrics"))
+    one = nearest(sweep, 1.0)
+    if one is None or not metrics:
+        return []
+    inverse = sweep.get("direction") == "inversion"
+    start, target, site = (str(sweep.get(key)) for key in ("start", "target", "site"))
+    at_one = f"λ = {plain(at(sweep, 'strengths', one))}"
+    doing = f"Taking λv* from the {start}" if inverse else f"Adding λv* to the {start}"
+    said = [*_sham(sweep)]
+    kl = metrics.get("kl_recovered")
+    if point(at(kl, "curves", "v", one)) is not None:
+        text = (
+            f"{doing} model at {site} recovers {_share(at(kl, 'curves', 'v', one))} of the KL to "
+            f"the {target} model at {at_one}{_beside_random(kl, one, percent)}"
+        )
+        top = best(sweep)
+        if top is not None and top != one:
+            text += (
+                f"; it comes nearest at λ = {plain(at(sweep, 'strengths', top))}, with "
+                f"{_share(at(kl, 'curves', 'v', top))} (that λ was picked on these prompts)"
+            )
+        said.append(text + ".")
+    told = [
+        name
+        for name in main_metrics(sweep)
+        if name in ("preference_match", "reward_margin", "refusal") or name.startswith("oracle_")
+    ]
+    moved = [
+        f"{at(metrics, name, 'label') or name} {interval(at(metrics, name, 'curves', 'v', one))} "
+        f"({start} {number(point(at(metrics, name, 'start')))}, "
+        f"{target} {number(point(at(metrics, name, 'target')))}"
+        f"{_beside_random(metrics[name], one)})"
+        for name in told
+        if point(at(metrics, name, "curves", "v", one)) is not None
+    ]
+    if moved:
+        said.append(f"At {at_one}: {'; '.join(moved)}.")
+    if inverse:
+        said += _equivalents({name: metrics[name] for name in main_metrics(sweep)}, target)
+    below, above = collapse(sweep)
+    edges = [
+        f"λ {sign} {plain(edge)}" for sign, edge in (("≤", below), ("≥", above)) if edge is not None
+    ]
+    if edges:
+        said.append(f"At least half of the outputs are degenerate from {' and from '.join(edges)}.")
+    elif items(at(sweep, "texts", "degenerate")):
+        said.append("At no strength of the sweep were half of the outputs degenerate.")
+    return [("Inversion" if inverse else "Interpolation", said)]
+
+
+def _sham(sweep: dict[str, Json]) -> list[str]:
+    """A warning where hooks with λ = 0 changed something."""
+    changed = [
+        what for what in ("texts", "logits") if at(sweep, "sham", f"{what}_identical") is False
+    ]
+    if not changed:
+        return []
+    return [
+        f"The sham arm failed: hooks with λ = 0 changed {' and '.join(changed)}, so the numbers of "
+        "this sweep are not to be trusted."
+    ]
+
+
+def _beside_random(metric: Json, i: int, written: Callable[[float | None], str] = number) -> str:
+    """``, random directions 0.1 to 0.2``, and whether v* can be told from them."""
+    low, high = (point(at(metric, "random", bound, i)) for bound in ("low", "high"))
+    if low is None or high is None:
+        return ""
+    text = f", random directions {written(low)} to {written(high)}"
+    return text + (": not told apart" if stands_out(metric, i) is False else "")
+
+
+def _equivalents(metrics: dict[str, Json], target: str) -> list[str]:
+    """The λ at which each of the metrics that tell most meets the target's level."""
+    crossings = {
+        str(at(metric, "label") or name): at(metric, "crossing", "strength")
+        for name, metric in metrics.items()
+        if at(metric, "crossing") is not None
+    }
+    met = [f"{label} {interval(λ)}" for label, λ in crossings.items() if point(λ) is not None]
+    never = [label for label, λ in crossings.items() if point(λ) is None]
+    said = []
+    if met:
+        said.append(f"λ at which a metric meets the {target} model's level: {'; '.join(met)}.")
+    if never:
+        said.append(f"At no λ of the sweep: {'; '.join(never)}.")
+    return said

@@ -10,9 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from dsteer.errors import StoreError
+from dsteer.report.explorer import Explorer, embedded, explorer, policy
 from dsteer.report.headline import confidence, headline
+from dsteer.report.sweep_tables import sweep_tables
+from dsteer.report.sweep_values import SWEEPS
 from dsteer.report.tables import STAGE_TABLES, Results, Table, paper_table, settings_tables
 from dsteer.report.values import at, items, mapping
 from dsteer.store import Json, atomic_path, read_json
@@ -25,6 +29,15 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "vector": ("Steering vector", "v*, the mean displacement: its size, direction and reach."),
     "cosine": ("Cosines", "How well the displacement of each prompt agrees with v*."),
     "spectrum": ("Spectra", "How many dimensions the displacements take."),
+    "geometry": (
+        "Geometry",
+        "Preference vectors, gradients of the DPO loss, and clouds of states, on real pairs.",
+    ),
+    "interpolation": ("Interpolation", "λv* added to the base: what it does to behaviour."),
+    "inversion": (
+        "Inversion",
+        "λv* taken from the tuned model: whether, and at which λ, the base comes back.",
+    ),
 }
 """Stage → title and first line of its section, in order."""
 
@@ -34,6 +47,9 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "vector": ("kl_recovery", "convergence"),
     "cosine": ("fig3_cosine",),
     "spectrum": ("fig4a_entropy", "fig4b_singular_values"),
+    "geometry": ("fig1a_preference_geometry", "fig1b_gradients", "fig1c_clouds"),
+    "interpolation": ("fig2a_interpolation", "fig2a_all_metrics"),
+    "inversion": ("fig2b_inversion", "fig2b_all_metrics"),
 }
 """The figures of each section, in order."""
 
@@ -69,6 +85,12 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("share of KL recovered", "1 − Σ KL(tuned‖steered) / Σ KL(tuned‖base), teacher-forced"),
     ("implicit reward r", "β [log π(y|x) − log π_ref(y|x)]; accuracy is the share of pairs with "
      "r(chosen) > r(rejected)"),
+    ("arm", "what a sweep adds: v* at its site, v* at final_norm, or another direction; λ counts "
+     "the arm's own vector"),
+    ("λ-equivalent", "the λ at which a metric of the steered model meets the target model's level"),
+    ("random band", "range of the same measurement for random directions with v*'s norm"),
+    ("sham arm", "hooks on, λ = 0: everything must be identical to the model without hooks"),
+    ("degenerate", "an output that is empty, loops, or leaks a role header"),
     ("noise floor", "what the same measurement gives for the base against itself at another batch "
      "size"),
     ("inert", "a shift along the state itself, which the norm takes away again"),
@@ -87,6 +109,7 @@ class FigureView:
     width: int
     height: int
     links: Sequence[tuple[str, str]]
+    folded: bool
 
 
 @dataclass(frozen=True)
@@ -100,6 +123,7 @@ class Section:
     missing_figures: Sequence[str]
     tables: Sequence[Table]
     remarks: Sequence[str]
+    diagnoses: Sequence[str] | None
 
 
 def write_report(run: Path, title: str | None = None) -> Path:
@@ -125,15 +149,20 @@ def write_report(run: Path, title: str | None = None) -> Path:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(
-        files("dsteer.report").joinpath("template.html.jinja").read_text(encoding="utf-8")
-    )
+    template = environment.from_string(_part("template.html.jinja"))
     level = confidence(manifest, "cosine", "vector", "spectrum")
+    explorers = _explorers(run, results)
+    style, script = _part("report.css"), _part("explorer.js") if explorers else None
     text = template.render(
         title=title or name,
         name=name,
         description=manifest.get("description") or "",
         version=manifest.get("dsteer_version") or "",
+        policy=policy(style, script),
+        style=Markup(style),
+        script=Markup(script or ""),
+        explorers=explorers,
+        explorer_data=Markup(embedded(explorers)),
         headline=headline(manifest, results),
         interval_words=f"{level} intervals" if level else "intervals",
         notes=_notes(summary, results),
@@ -151,6 +180,20 @@ def write_report(run: Path, title: str | None = None) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
+
+
+def _part(name: str) -> str:
+    return files("dsteer.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _explorers(run: Path, results: Results) -> list[Explorer]:
+    """The explorers of the sweeps that wrote texts."""
+    read = (
+        explorer(stage, SECTIONS[stage][0], _read(run / stage / "explorer.json"))
+        for stage in SWEEPS
+        if stage in results
+    )
+    return [found for found in read if found is not None]
 
 
 def _read(path: Path) -> dict[str, Json]:
@@ -204,8 +247,11 @@ def _section(run: Path, stage: str, results: Results, manifest: dict[str, Json])
         lead=lead,
         figures=[figure for figure in found.values() if figure is not None],
         missing_figures=trouble,
-        tables=STAGE_TABLES[stage](results[stage]),
+        tables=(sweep_tables if stage in SWEEPS else STAGE_TABLES[stage])(results[stage]),
         remarks=remarks,
+        diagnoses=[str(words) for words in items(results[stage]["diagnoses"])]
+        if "diagnoses" in results[stage]
+        else None,
     )
 
 
@@ -245,4 +291,5 @@ def _figure(run: Path, stage: str, name: str) -> FigureView | None:
             for suffix in ("pdf", "png", "json")
             if (folder / f"{name}.{suffix}").is_file()
         ],
+        folded=name.endswith("_all_metrics"),
     )

@@ -151,16 +151,18 @@ def paper_table(results: Results) -> Table | None:
                 "not the tuning's.",
             ],
         ]
-    nothing = [DASH] * (len(sites) - 1)
     rows += [
-        ["h + λv dials behaviour", "yes (Fig. 2a)", "not measured", *nothing, "Needs generation."],
         [
-            "h_tuned − λv* restores the base",
-            "near λ = 1 (Fig. 2b)",
-            "not measured",
-            *nothing,
-            "Needs generation.",
-        ],
+            claim,
+            theirs,
+            *(_recovered_by_sweep(results.get(stage), site) for site in sites),
+            "Share of KL to the target model recovered at λ = 1, at this site; the stage's section "
+            "has every metric.",
+        ]
+        for stage, claim, theirs in (
+            ("interpolation", "h + λv dials behaviour", "yes (Fig. 2a)"),
+            ("inversion", "h_tuned − λv* restores the base", "near λ = 1 (Fig. 2b)"),
+        )
     ]
     return Table(
         "paper",
@@ -178,6 +180,16 @@ def paper_table(results: Results) -> Table | None:
         ],
         rows,
     )
+
+
+def _recovered_by_sweep(sweep: Json, site: str) -> str:
+    """Share of KL recovered at λ = 1 by v*'s arm at a site, where the sweep has one there."""
+    strengths = items(at(sweep, "strengths"))
+    for arm in ("v", "final_norm"):
+        if at(sweep, "arms", arm, "site") == site and 1.0 in strengths:
+            curve = at(sweep, "metrics", "kl_recovered", "curves", arm)
+            return interval(at(curve, strengths.index(1.0)))
+    return "not measured"
 
 
 def _entropy_fall(spectrum: Json, width: int) -> list[str]:
@@ -776,6 +788,163 @@ def _rows(sites: dict[str, Json]) -> list[tuple[str, Json]]:
     return [(site, sites[site]) for site in site_order(sites)]
 
 
+def _geometry(result: Json) -> list[Table]:
+    found = (_preference(result), _descent(result), _clouds(result))
+    return [table for table in found if table is not None]
+
+
+def _preference(result: Json) -> Table | None:
+    measured = mapping(at(result, "preference"))
+    if not measured:
+        return None
+    chance = f"sd {number(point(measured.get('random_sd')))} for random directions"
+    rows = [
+        ["margin of the base", "margin_base", "–", "mean ⟨n_base, e_w − e_l⟩ (nats)"],
+        ["margin of the tuned model", "margin_tuned", "–", "mean ⟨n_tuned, e_w − e_l⟩ (nats)"],
+        ["margin change", "margin_change", "0", "paired, tuned − base (nats)"],
+        [
+            "margin change, each model's own head",
+            "margin_change_own_heads",
+            "0",
+            "the same with e_w − e_l of each model; given where the heads differ (nats)",
+        ],
+        [
+            "margin change of v* alone",
+            "margin_change_v",
+            "0",
+            "mean ⟨v*, e_w − e_l⟩: one vector for all pairs (nats)",
+        ],
+        [
+            "the same change on other pairs' tokens",
+            "margin_change_other_pairs",
+            "0",
+            "mean ⟨n_tuned − n_base, e_w − e_l of another pair⟩ (nats)",
+        ],
+        [
+            "share of margins that rise",
+            "share_rising",
+            "0.5",
+            "share of pairs with a change above 0",
+        ],
+        ["cos(n_tuned − n_base, e_w − e_l)", "cosine", chance, "of each pair with its own tokens"],
+        [
+            "the same with other pairs' tokens",
+            "cosine_other_pairs",
+            chance,
+            "as large as the pair's own: the change is not about the pair's tokens",
+        ],
+        ["cos(v*, e_w − e_l)", "cosine_v", chance, "v* at final_norm, each pair"],
+        [
+            "cos between the e_w − e_l of two pairs",
+            "pairwise_cosine",
+            "0",
+            "mean over all couples of pairs",
+        ],
+    ]
+    cells = [
+        [title, interval(measured.get(key)), chance, meaning]
+        for title, key, chance, meaning in rows
+        if measured.get(key) is not None
+    ]
+    if mapping(measured.get("mean")):
+        cells.append(
+            [
+                "cos(v*, mean e_w − e_l)",
+                number(point(at(measured, "mean", "cosine_v"))),
+                chance,
+                f"the mean over {plural(at(measured, 'mean', 'n'), 'fit pair')}",
+            ]
+        )
+    return Table(
+        "geometry-preference",
+        f"Preference vectors at final_norm, at the first token in which the answers differ, of "
+        f"{plural(measured.get('n'), 'test pair')}. Brackets: interval.",
+        [
+            Column("quantity", text=True),
+            Column("value"),
+            Column("without an effect", text=True),
+            Column("definition", text=True),
+        ],
+        cells,
+    )
+
+
+def _descent(result: Json) -> Table | None:
+    policies = mapping(at(result, "gradients", "policies"))
+    if not policies:
+        return None
+    rows = []
+    for policy, found in policies.items():
+        for site, measured in mapping(at(found, "sites")).items():
+            for key, words in (("sequence", "all tokens"), ("context", "shared context")):
+                part = at(measured, key)
+                rows.append(
+                    [
+                        site,
+                        policy,
+                        words,
+                        interval(at(part, "pairwise_cosine")),
+                        number(point(at(part, "pairwise_sign_flip_q95"))),
+                        interval(at(part, "cosine_v")),
+                        interval(at(part, "cosine_preference")),
+                    ]
+                )
+    return Table(
+        "geometry-gradients",
+        f"Descent of the DPO loss with respect to hidden states, on "
+        f"{plural(at(result, 'gradients', 'n'), 'test pair')}; β = "
+        f"{number(point(at(result, 'beta')))}. Independent random directions have cosines of "
+        f"standard deviation {number(point(at(result, 'gradients', 'random_sd')))}.",
+        [
+            Column("site", text=True),
+            Column("policy", "the model whose loss it is; the base is the reference", text=True),
+            Column(
+                "where",
+                "all tokens: summed over both texts; shared context: at the last token before the "
+                "answers differ",
+                text=True,
+            ),
+            Column("cos of two pairs", "mean cosine between the gradients of different pairs"),
+            Column("null", "95 % quantile of that mean with random signs"),
+            Column("cos with v*", "mean cosine of descent with v* of the site"),
+            Column("cos with e_w − e_l", "mean cosine with the pair's own; final_norm only"),
+        ],
+        rows,
+    )
+
+
+def _clouds(result: Json) -> Table | None:
+    clouds = mapping(at(result, "clouds"))
+    if not clouds:
+        return None
+    return Table(
+        "geometry-clouds",
+        "Clouds of states on test prompts. The axes are those in which the base's states of the "
+        "fit prompts vary most.",
+        [
+            Column("site", text=True),
+            Column("variance on two axes", "share of the base's variance, fit prompts"),
+            Column("v* in the plane", "share of ‖v*‖² along these axes"),
+            Column("‖h_tuned − h_base‖", "mean over prompts"),
+            Column("‖h_tuned − h_base − v*‖", "mean over prompts: what is left after steering"),
+            Column("left over", "the second mean over the first"),
+            Column("spread of h_base", "root mean square distance from the cloud's mean"),
+            Column("spread of h_tuned", "likewise"),
+        ],
+        [
+            [
+                site,
+                percent(sum(items(at(clouds, site, "explained")))),
+                percent(point(at(clouds, site, "v_in_plane"))),
+                *_measured(clouds[site], ("distance",), ("distance_steered",), ("distance_ratio",)),
+                number(point(at(clouds, site, "spread_base"))),
+                number(point(at(clouds, site, "spread_tuned"))),
+            ]
+            for site in site_order(clouds)
+        ],
+    )
+
+
 def _measured(row: Json, *paths: Sequence[str]) -> list[str]:
     """Cells of a site: numbers with their intervals, or `undefined` where Δ = 0."""
     return [
@@ -794,6 +963,7 @@ STAGE_TABLES: dict[str, Callable[[Json], list[Table]]] = {
     "vector": _vector,
     "cosine": _cosine,
     "spectrum": _spectrum,
+    "geometry": _geometry,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsteer.activations.batching import default_budget, pad_right, plan_batches
 from dsteer.activations.reading import padding_is_unseen
-from dsteer.activations.sites import block_of
+from dsteer.activations.sites import FINAL_NORM, block_of
 from dsteer.data.tokens import Encoded
 from dsteer.errors import ModelError
 from dsteer.models.anatomy import Anatomy, evaluating
@@ -47,7 +47,8 @@ class Steering:
         operation: what is done with them, see :mod:`dsteer.steering.intervene`.
         positions: which tokens are steered.
         schedule: how the strengths change over the generated tokens.
-        seed: of the operation ``noise``.
+        seed: of the operation ``noise``; all rows share their noise, token by token.
+        hooked: False: no hooks at all, and the arms do nothing.
     """
 
     site: str
@@ -56,20 +57,29 @@ class Steering:
     positions: Positions = "all"
     schedule: Schedule | None = None
     seed: int = 0
+    hooked: bool = True
 
-    def intervention(self, rows: Sequence[int] | None = None) -> Intervention:
+    @classmethod
+    def none(cls, width: int) -> Steering:
+        """One arm that does nothing, without hooks: the model as it is."""
+        return cls(FINAL_NORM, (Arm(torch.zeros(width), 0.0),), hooked=False)
+
+    def interventions(self, rows: Sequence[int] | None = None) -> list[Intervention]:
         """What is done, one value an arm; or one a row, row i being steered by arm ``rows[i]``."""
+        if not self.hooked:
+            return []
         arms = self.arms if rows is None else [self.arms[row] for row in rows]
         needs_vector = self.operation != "scale"
-        return Intervention(
+        only = Intervention(
             site=self.site,
             vector=torch.stack([arm.vector for arm in arms]) if needs_vector else None,
             strength=torch.tensor([arm.strength for arm in arms], dtype=torch.float64),
             operation=self.operation,
             positions=self.positions,
             schedule=self.schedule,
-            seed=self.seed,
+            seed=[self.seed] * len(arms),
         )
+        return [only]
 
 
 @contextlib.contextmanager
@@ -182,7 +192,7 @@ def _states(
             stack.enter_context(expanding(anatomy, steering.site, len(arms)))
         else:
             ids = ids.repeat_interleave(len(arms), 0)
-        hooks = stack.enter_context(Hooks(model, [steering.intervention()]))
+        hooks = stack.enter_context(Hooks(model, steering.interventions()))
         hooks.placement = spread(placement, owners)
         output = anatomy.decoder(input_ids=ids, use_cache=False)
     states = Anatomy.read(output[0]).view(len(texts), len(arms), width, -1)
@@ -193,3 +203,12 @@ def _states(
         ],
         dim=1,
     )
+
+
+def same_without_hooks(model: Model, texts: Sequence[Encoded], steering: Steering) -> bool:
+    """Whether arms of strength 0 leave the states of some texts as they are, bit for bit."""
+    plain = replace(steering, hooked=False)
+    pairs = zip(
+        steered_states(model, texts, steering), steered_states(model, texts, plain), strict=True
+    )
+    return all(torch.equal(hooked, bare) for (_, hooked), (_, bare) in pairs)

@@ -13,8 +13,10 @@ fails it is decoded by ``generate``, prompts of one length at a time, and the re
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -36,7 +38,15 @@ from dsteer.models.anatomy import Anatomy, evaluating, max_positions, text_confi
 from dsteer.models.load import Model
 from dsteer.progress import SILENT, Reporter
 from dsteer.steering.arms import FAILURES, Arm, Steering
-from dsteer.steering.intervene import Hooks, Operation, Placement, Positions, Schedule, steer
+from dsteer.steering.intervene import (
+    Hooks,
+    Number,
+    Operation,
+    Placement,
+    Positions,
+    Schedule,
+    steer,
+)
 from dsteer.steering.rows import Rows
 from dsteer.steering.vector import SteeringVector
 from dsteer.store import hash_json
@@ -80,10 +90,16 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise MeasurementError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < math.inf:
             raise MeasurementError(f"temperature {self.temperature}: expected 0 or more")
         if not 0 < self.top_p <= 1:
             raise MeasurementError(f"top_p {self.top_p}: expected a probability above 0")
+        if self.seed < 0:
+            raise MeasurementError(f"seed {self.seed}: expected 0 or more")
+        if "" in self.stop:
+            raise MeasurementError(
+                "stop holds an empty string, which ends every text; leave it out"
+            )
 
     def draws(self, prompt: int) -> np.ndarray:
         """Uniform numbers (max_new_tokens,) of a prompt's rows."""
@@ -159,8 +175,11 @@ def decode(
 
     Raises:
         DataError: no prompts, or prompts too long for the model.
-        MeasurementError: no arms, or arms that don't fit the model.
-        ModelError: ``fast=True`` and the model can't be decoded that way.
+        MeasurementError: no arms.
+        ModelError: vectors of another width than the model's, or ``fast=True`` and the model can't
+            be decoded that way.
+        ConfigError: a site that the model lacks, or an operation that is none.
+        StoreError: the journal can't be read or written, or ``path`` holds something else.
     """
     decoding = decoding or Decoding()
     if not prompts:
@@ -168,6 +187,7 @@ def decode(
     if not steering.arms:
         raise MeasurementError("there are no arms to decode; give at least one strength")
     _require_room(model, prompts, decoding)
+    Hooks(model, steering.interventions())  # raises where the arms don't fit
     anatomy = Anatomy.of(model)
     settings = (model, anatomy, steering, decoding, tokenizer)
     engine: _Shared | _Plain = _Shared(*settings)
@@ -186,6 +206,8 @@ def decode(
             "arms": hash_json([[a.vector.tolist(), a.strength] for a in steering.arms]),
             "steering": repr(replace(steering, arms=())),
             "decoding": repr(decoding),
+            "ends": sorted(engine.ends),
+            "fast": not plain,
             "batches": [[list(batch.prompts), list(batch.arms)] for batch in batches],
         }
         journal = _Journal(path, hash_json(identity))
@@ -242,7 +264,7 @@ def sweep(
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt | PreferencePair] | Sequence[Encoded],
     vector: SteeringVector,
-    strengths: Sequence[float],
+    strengths: Sequence[Number],
     max_new_tokens: int = 48,
     *,
     operation: Operation = "add",
@@ -251,7 +273,7 @@ def sweep(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     template: str = "none",
     memory: int = MEMORY,
     fast: bool | None = None,
@@ -274,7 +296,7 @@ def sweep(
         temperature: 0: greedy.
         top_p: of sampling.
         seed: of sampling; all strengths of a prompt share its draws.
-        stop: a text ends before the first of these strings.
+        stop: a text ends before this string, or before the first of several.
         template: ``chat`` puts texts through the chat template.
         memory: bytes that cached keys, values and logits may take.
         fast: see :func:`decode`.
@@ -283,11 +305,13 @@ def sweep(
 
     Raises:
         DataError: no prompts, or some that can't be encoded or don't fit the model.
-        MeasurementError: no strengths, or a vector of another width than the model's.
+        MeasurementError: no strengths, or settings of sampling that are none.
+        ModelError: a vector of another width than the model's; see also :func:`decode`.
     """
     if isinstance(prompts, str):
         raise DataError("prompts is one text; expected a list of prompts")
-    decoding = Decoding(max_new_tokens, temperature, top_p, seed, tuple(stop))
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    decoding = Decoding(max_new_tokens, temperature, top_p, seed, stops)
     ready = [item for item in prompts if isinstance(item, Encoded)]
     if len(ready) != len(prompts):
         limit = max_positions(model.config)
@@ -384,7 +408,7 @@ class _StopStrings:
         """
         if not self._stop:
             return None
-        reach = max(len(stop) for stop in self._stop)  # no token is shorter than a character
+        reach = max(len(stop.encode()) for stop in self._stop)  # no token is shorter than a byte
         first = max(0, start - reach)
         if not self._found(tokens[first:]):
             return None
@@ -408,9 +432,14 @@ class _Journal:
         self._done: dict[int, list[_Row]] = {}
         if path is None:
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        if whole and json.loads(whole[0]) == identity:
+        try:
+            held = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        except OSError as error:
+            raise StoreError(f"{path}: can't read the journal ({error.strerror})") from None
+        if held and not held.startswith('"'):
+            raise StoreError(f"{path} is no journal of a sweep; remove it, or give another path")
+        whole = [line for line in held.splitlines(keepends=True) if line.endswith("\n")]
+        if whole and whole[0] == json.dumps(identity) + "\n":
             for line in whole[1:]:
                 number, rows = json.loads(line)
                 self._done[number] = [_Row(p, a, tuple(t), f) for p, a, t, f in rows]
@@ -468,6 +497,11 @@ class _Engine:
             made.append(_Row(prompt, arm, tuple(kept), end is not None or stop is not None))
         return made
 
+    def columns(self, prompt: Encoded) -> int:
+        """Memory of a row of a prompt, in tokens: keys and values, and its logits in float32."""
+        logits = 4 * text_config(self.model.config).vocab_size // self.bytes_a_column()
+        return int(len(prompt.ids) + self.decoding.max_new_tokens + logits)
+
     def bytes_a_column(self) -> int:
         """Memory of one token of one row: keys and values of all blocks."""
         text = text_config(self.model.config)
@@ -485,8 +519,7 @@ class _Shared(_Engine):
     def plan(self, prompts: Sequence[Encoded], memory: int) -> list[_Batch]:
         """Prompts of similar length together, as memory allows; arms split where they must."""
         arms = tuple(range(len(self.steering.arms)))
-        new = self.decoding.max_new_tokens
-        columns = [len(item.ids) + new for item in prompts]
+        columns = [self.columns(item) for item in prompts]
         budget = memory // self.bytes_a_column()
         batches: list[_Batch] = []
         for batch in plan_batches(columns, budget // len(arms), fixed=_STEP_COLUMNS / len(arms)):
@@ -549,30 +582,32 @@ def _why_plain(engine: _Engine, prompts: Sequence[Encoded]) -> str:
     if _ADAPTING_ROPE & _rope_types(engine.model):
         return "its position embedding depends on the longest text of a batch"
     by_length = sorted(prompts, key=lambda item: len(item.ids))
-    chosen = [by_length[0].ids, by_length[-1].ids]
+    shortest, longest = by_length[0].ids, by_length[-1].ids
+    new = engine.decoding.max_new_tokens
+    steps = min(_PROBE_TOKENS, new)
+    end = len(longest) + new - steps  # a window may hide the first tokens from the last ones only
+    chosen = [shortest, (longest * (end // len(longest) + 1))[:end]]
     arms = sorted({0, len(engine.steering.arms) - 1})
     owners = [(ids, arm) for ids in chosen for arm in arms]
     texts = [list(ids) for ids, _ in owners]
-    worst = 0.0
     try:
-        with Rows(
-            engine.model, engine.anatomy, engine.steering, _PROBE_TOKENS, chosen, arms
-        ) as rows:
+        with Rows(engine.model, engine.anatomy, engine.steering, steps, chosen, arms) as rows:
             found = [rows.step(rows.last_ids).float()]
-            for _ in range(1, _PROBE_TOKENS):
+            for _ in range(1, steps):
                 tokens = found[-1].argmax(-1)
                 for text, token in zip(texts, tokens.tolist(), strict=True):
                     text.append(token)
                 found.append(rows.step(tokens).float())
     except (ModelError, *FAILURES) as error:
         return f"its attention can't be replaced ({str(error).splitlines()[0][:120]})"
+    tolerance = _PROBE_TOLERANCE.get(engine.anatomy.dtype, _PROBE_TOLERANCE_HALF)
     for number, (text, (ids, arm)) in enumerate(zip(texts, owners, strict=True)):
         plain = _plain_logits(engine, text, arm, len(ids))
         fast = torch.stack([logits[number] for logits in found])
-        worst = max(worst, float((fast - plain).abs().max() / plain.abs().max()))
-    tolerance = _PROBE_TOLERANCE.get(engine.anatomy.dtype, _PROBE_TOLERANCE_HALF)
-    if not worst <= tolerance:
-        return f"its logits differ by {worst:.1e} of the largest from those of plain passes"
+        gap = float((fast - plain).abs().max() / plain.abs().max())
+        if gap <= tolerance:
+            continue
+        return f"its logits differ by {gap:.1e} of the largest from those of plain passes"
     return ""
 
 
@@ -587,7 +622,7 @@ def _plain_logits(
 ) -> Float[Tensor, "t v"]:
     """Logits from the prompt's last token on, in one pass without a cache, under the same hooks."""
     device = engine.anatomy.device
-    with Hooks(engine.model, [engine.steering.intervention()]) as hooks:
+    with Hooks(engine.model, engine.steering.interventions()) as hooks:
         hooks.placement = Placement(
             torch.arange(len(text), device=device)[None],
             torch.tensor([prompt_length], device=device),
@@ -608,9 +643,8 @@ class _Plain(_Engine):
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].ids), i))
         arms = tuple(range(len(self.steering.arms)))
         batches = []
-        for length, same in groupby(order, key=lambda i: len(prompts[i].ids)):
+        for columns, same in groupby(order, key=lambda i: self.columns(prompts[i])):
             # generate copies keys and values as they grow
-            columns = length + self.decoding.max_new_tokens
             rows = max(1, memory // (2 * self.bytes_a_column() * columns))
             numbers = list(same)
             count = max(1, rows // len(arms))
@@ -635,15 +669,26 @@ class _Plain(_Engine):
         drawn = LogitsProcessorList()
         if uniform is not None:
             drawn.append(_Draw(self.decoding, uniform, ids.shape[1]))
-        steered = self.steering.intervention([arm for _, arm in owners])
-        with steer(self.model, steered):
+        steered = self.steering.interventions([arm for _, arm in owners])
+        with _generating(self.model, config), steer(self.model, steered):
             made = self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=config,
-                logits_processor=drawn,
+                input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=drawn
             )
         return self.rows(owners, made[:, ids.shape[1] :].tolist())
+
+
+@contextlib.contextmanager
+def _generating(model: Model, config: GenerationConfig) -> Iterator[None]:
+    """Make a config a model's own: one that is passed to ``generate`` takes the rest from there."""
+    holders = [module for module in model.modules() if "generation_config" in vars(module)]
+    before = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = config
+    try:
+        yield
+    finally:
+        for holder, own in zip(holders, before, strict=True):
+            holder.generation_config = own
 
 
 @dataclass

@@ -130,7 +130,7 @@ class Rows:
             self._read()
             for layer in self._layers:
                 layer.reading_prompts = False
-            self._hooks = stack.enter_context(Hooks(self._model, [self._steering.intervention()]))
+            self._hooks = stack.enter_context(Hooks(self._model, self._steering.interventions()))
             self._stack = stack.pop_all()
         return self
 
@@ -166,7 +166,7 @@ class Rows:
         with contextlib.ExitStack() as stack:
             if inner and self._steers_prompts:
                 stack.enter_context(expanding(self._anatomy, self._steering.site, self._arms))
-                hooks = stack.enter_context(Hooks(self._model, [self._steering.intervention()]))
+                hooks = stack.enter_context(Hooks(self._model, self._steering.interventions()))
                 hooks.placement = spread(placement, self._owner[: len(prompts) * self._arms])
             self._anatomy.decoder(input_ids=ids, past_key_values=self._cache, use_cache=True)
 

@@ -140,6 +140,10 @@ def test_the_synthetic_world_is_a_source(tmp_path: Path) -> None:
     assert reading.identity == read_source(source).identity
     other = source.model_copy(update={"seed": 4})
     assert reading.identity != read_source(other).identity
+    minimal = read_source(source.model_copy(update={"differ": "preferred"}))
+    assert minimal.identity != reading.identity
+    for pair in minimal.pairs:  # only the openings, so the texts end alike
+        assert str(pair.chosen)[-20:] == str(pair.rejected)[-20:]
     settings = {"format": "synthetic", "conversations": 60}
     result = run(context(tmp_path / "run", [settings]))
     assert result["sources"][0]["path"] == "synthetic"

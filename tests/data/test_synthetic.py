@@ -9,6 +9,7 @@ import subprocess
 import sys
 from itertools import combinations
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from dsteer.data.synthetic.topics import (
     QUIET_WORDS,
     TOPICS,
 )
+from dsteer.data.synthetic.world import Differ
 from dsteer.data.types import PreferencePair
 from dsteer.errors import DataError
 
@@ -333,8 +335,10 @@ def test_weights_add_up(world: World) -> None:
     assert {pair.tags["axes"] for pair in pairs} == {"polite=1 brief=-0.5 hedged=0.3 asking=0.2"}
 
 
-def test_label_noise_flips_its_share_and_no_text(world: World) -> None:
-    clean, noisy = world.pairs(1500), world.pairs(1500, label_noise=0.2)
+@pytest.mark.parametrize("differ", ["all", "preferred"])
+def test_label_noise_flips_its_share_and_no_text(differ: Differ, world: World) -> None:
+    clean = world.pairs(1500, differ=differ)
+    noisy = world.pairs(1500, label_noise=0.2, differ=differ)
     flipped = [pair.tags["flipped"] == "true" for pair in noisy]
     assert abs(np.mean(flipped) - 0.2) < 0.05  # 5 standard deviations
     for before, after, flip in zip(clean, noisy, flipped, strict=True):
@@ -343,6 +347,82 @@ def test_label_noise_flips_its_share_and_no_text(world: World) -> None:
         assert (before.chosen, before.rejected) == swapped
         assert (after.tags["chosen.polite"] == "curt") == flip
     assert all(p.tags["flipped"] == "true" for p in world.pairs(50, label_noise=1.0))
+
+
+# ---------------------------------------------------------------------------------- minimal pairs
+
+
+BYTES = {
+    "126263ee06647e4f8ac7f53dc6a9c3e315d256b629efa24fc9258880ee3772f0": {},
+    "0b6e5d9897e4f6a3ebf136153242f5fc09991e571d51e9507559d4d1fd9c5c12": {"axes": {"declines": 1.0}},
+}
+"""SHA-256 of 500 pairs of world 0, as written before minimal pairs existed, by their settings."""
+
+
+@pytest.mark.parametrize(("digest", "settings"), BYTES.items())
+def test_by_default_the_bytes_of_before(
+    digest: str, settings: dict[str, Any], world: World
+) -> None:
+    for pairs in (world.pairs(500, **settings), world.pairs(500, **settings, differ="all")):
+        assert hashlib.sha256(repr(pairs).encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        *({name: 1.0} for name in NAMES),
+        {"polite": 1.0, "hedged": 0.5},
+        {"brief": 1.0, "asking": -1},
+    ],
+    ids=lambda weights: "+".join(weights),
+)
+def test_minimal_pairs_differ_on_preferred_axes_alone(
+    weights: dict[str, float], world: World
+) -> None:
+    pairs = world.pairs(200, weights, differ="preferred")
+    differing = set()
+    for pair in pairs:
+        scores = [world.scores(str(text)) for text in (pair.chosen, pair.rejected)]
+        differs = {name for name in NAMES if scores[0][name] != scores[1][name]}
+        assert differs
+        assert differs <= weights.keys()
+        assert utility(pair, "chosen", weights) > utility(pair, "rejected", weights)
+        differing.add(frozenset(differs))
+        for role, text in zip(("chosen", "rejected"), scores, strict=True):
+            assert list(text.values()) == planted({n: pair.tags[f"{role}.{n}"] for n in NAMES})
+    assert len(differing) == 2 ** len(weights) - 1  # one axis, the other, both
+    # the other axes still vary from pair to pair
+    for axis in AXES:
+        poles = {pair.tags[f"chosen.{axis.name}"] for pair in pairs}
+        assert len(poles) == (1 if weights.keys() == {axis.name} else 2)
+
+
+def test_minimal_pairs_share_every_other_word(world: World) -> None:
+    for pair in world.pairs(200, differ="preferred"):
+        chosen, rejected = (
+            re.split(r"(?<=[.!]) ", str(text).strip(), maxsplit=1)
+            for text in (pair.chosen, pair.rejected)
+        )
+        assert chosen[1] == rejected[1]
+        assert chosen[0][:-1] in wording.OPENINGS[0]
+        assert rejected[0][:-1] in wording.OPENINGS[1]
+    # also where one answer is longer: brief ones are the long ones without two pieces of advice
+    for pair in world.pairs(200, {"brief": 1.0}, differ="preferred"):
+        brief, long = str(pair.chosen), str(pair.rejected)
+        start = next(
+            i for i, (one, other) in enumerate(zip(brief, long, strict=False)) if one != other
+        )
+        assert long.endswith(brief[start:])
+
+
+def test_minimal_pairs_keep_prompts_labels_and_preferred_poles(world: World) -> None:
+    weights = {"polite": 1.0, "hedged": -0.5}
+    for full, minimal in zip(
+        world.pairs(200, weights), world.pairs(200, weights, differ="preferred"), strict=True
+    ):
+        assert full.prompt == minimal.prompt
+        for tag in (f"{role}.{name}" for role in ("chosen", "rejected") for name in weights):
+            assert full.tags[tag] == minimal.tags[tag]
 
 
 def test_rule(world: World, pairs: list[PreferencePair], records: list[PromptRecord]) -> None:
@@ -402,6 +482,8 @@ def test_mistakes_are_named(world: World, records: list[PromptRecord]) -> None:
         world.pairs(3, axes={"polite": float("nan")})
     with pytest.raises(DataError, match=r"in \[0, 1\], not 1.5"):
         world.pairs(3, label_noise=1.5)
+    with pytest.raises(DataError, match="differ is 'all' or 'preferred', not 'some'"):
+        world.pairs(3, differ="some")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="did you mean 'gardening'"):
         world.prompts(3, topics=["gardenning"])
     with pytest.raises(DataError, match="neither 'all', 'seen' nor 'held_out'"):

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fabricate import fabricate
+from fabricate import STAGES, fabricate
 
-from dsteer.report.figures import FIGURES, draw
+from dsteer.report.figures import draw
 
 
 @pytest.fixture(scope="session")
 def drawn_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four blocks, the first undefined, with figures. Not to be changed."""
     run = fabricate(tmp_path_factory.mktemp("drawn") / "run", undefined={0})
-    for stage in FIGURES:
+    for stage in STAGES:
         draw(stage, run / stage)
     return run

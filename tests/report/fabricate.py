@@ -15,10 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fabricate_geometry import write_geometry
+from fabricate_sweep import write_sweep
 
 from dsteer.store import write_json, write_tensors
 
-STAGES = ("data", "base", "dpo", "activations", "vector", "cosine", "spectrum")
+STAGES = (
+    "data",
+    "base",
+    "dpo",
+    "activations",
+    "vector",
+    "cosine",
+    "spectrum",
+    "geometry",
+    "interpolation",
+    "inversion",
+)
 
 
 def fabricate(
@@ -462,6 +475,11 @@ _WRITERS = {
     "vector": _vector,
     "cosine": _cosine,
     "spectrum": _spectrum,
+    "geometry": lambda states, folder, **__: write_geometry(
+        folder, states.base, states.delta, states.n_fit
+    ),
+    "interpolation": lambda _, folder, **__: write_sweep(folder, "interpolation"),
+    "inversion": lambda _, folder, **__: write_sweep(folder, "inversion"),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from random import Random
@@ -32,6 +32,10 @@ from dsteer.errors import DataError, did_you_mean
 T = TypeVar("T")
 
 TopicChoice = Literal["all", "seen", "held_out"] | Sequence[str]
+Differ = Literal["all", "preferred"]
+Draws = Callable[[str], Random]
+"""The generator of one slot of an answer, by the name of the slot (axis, pole and place)."""
+
 POLITE: Final[Mapping[str, float]] = MappingProxyType({"polite": 1.0})
 
 _AXES: Final = {axis.name: axis for axis in AXES}
@@ -78,7 +82,8 @@ class World:
 
     An answer has a pole on each axis. A pair's two answers get random poles on all axes; the one of
     higher utility Σ weight · score is chosen, score being +1 at an axis's first pole and -1 at its
-    second. Axes of weight 0 therefore vary independently of the label.
+    second. Axes of weight 0 therefore vary independently of the label. In minimal pairs (``differ``
+    is "preferred") the two answers share the poles of these axes and all wording of the others.
 
     The axis `declines` lives only on prompts that hold a word of the quiet list. Elsewhere all
     answers are at its pole "answers" and score -1; a generated text that declines there scores +1,
@@ -141,28 +146,35 @@ class World:
                 f"the prompt about {record.word} {record.entity}".replace("  ", " ")
                 + " can't be declined: it holds no word of the quiet list; leave 'declines' out"
             )
-        return _write_response(record, {**_draw_poles(record, rng), **poles}, rng)
+        return _write_response(record, {**_draw_poles(record, rng), **poles}, lambda _: rng)
 
     def pair(
         self,
         record: PromptRecord,
         axes: Mapping[str, float] = POLITE,
         label_noise: float = 0.0,
+        differ: Differ = "all",
     ) -> PreferencePair:
         """A preference pair on one prompt.
 
         The label noise doesn't touch the texts: at any level the two answers are the same ones.
+        ``differ`` touches neither the label nor the poles of the preferred axes.
 
         Args:
             axes: preference weight by axis name; a negative one prefers the axis's second pole.
             label_noise: probability that chosen and rejected swap places.
+            differ: "all" draws poles and wording anew for each answer; "preferred" gives minimal
+                pairs, whose answers differ only in the words of axes with a weight.
 
         Raises:
             DataError: for an unknown axis, weights that are all zero or not finite, a label noise
-                outside [0, 1], or a prompt on which no preferred axis can vary.
+                outside [0, 1], an unknown `differ`, or a prompt on which no preferred axis can
+                vary.
         """
         weights = _weights(axes)
         _check_noise(label_noise)
+        if differ not in ("all", "preferred"):
+            raise DataError(f"differ is 'all' or 'preferred', not {differ!r}")
         if not _varies(record, weights):
             raise DataError(
                 "only 'declines' has a weight, but the prompt triggers no rule; weigh another axis "
@@ -175,7 +187,11 @@ class World:
             utilities = [_utility(drawn, weights) for drawn in poles]
             if abs(utilities[0] - utilities[1]) > tie:
                 break
-        texts = [_write_response(record, drawn, rng) for drawn in poles]
+        if differ == "preferred":
+            poles[1] = {**poles[0], **{name: poles[1][name] for name in weights}}
+            texts = [_write_response(record, drawn, self._slots(record)) for drawn in poles]
+        else:
+            texts = [_write_response(record, drawn, lambda _: rng) for drawn in poles]
         flipped = Random(f"{self.seed}/noise/{record.key}").random() < label_noise
         first_wins = (utilities[0] > utilities[1]) != flipped
         chosen, rejected = (0, 1) if first_wins else (1, 0)
@@ -202,6 +218,7 @@ class World:
         axes: Mapping[str, float] = POLITE,
         topics: TopicChoice = "all",
         label_noise: float = 0.0,
+        differ: Differ = "all",
     ) -> list[PreferencePair]:
         """n preference pairs on different prompts; see `pair`.
 
@@ -216,7 +233,7 @@ class World:
         _check_noise(label_noise)
         usable = (r for r in self._records(_choose(topics)) if _varies(r, weights))
         return [
-            replace(self.pair(record, weights, label_noise), row=row)
+            replace(self.pair(record, weights, label_noise, differ), row=row)
             for row, record in enumerate(islice(usable, _size(n)))
         ]
 
@@ -231,6 +248,10 @@ class World:
     def scores(self, text: str) -> dict[str, float]:
         """Score the first turn of any answer on every axis."""
         return {axis.name: wording.score(text, axis.name) for axis in AXES}
+
+    def _slots(self, record: PromptRecord) -> Draws:
+        """Seed each slot by itself, so that a longer answer shifts no draw of another slot."""
+        return lambda slot: Random(f"{self.seed}/slot/{record.key}/{slot}")
 
     def _records(self, topics: tuple[Topic, ...]) -> Iterator[PromptRecord]:
         """Yield prompts without end, each once."""
@@ -351,7 +372,8 @@ def _write_prompt(topics: tuple[Topic, ...], rng: Random) -> PromptRecord:
     if rng.random() < _TWO_TURN_SHARE:
         asked = _pick(_ASPECTS, rng)
         before = PromptRecord("", topic.name, topic.split, asked, earlier, "")
-        answer = _write_response(before, {**_draw_poles(before, rng), "brief": "brief"}, rng)
+        poles = {**_draw_poles(before, rng), "brief": "brief"}
+        answer = _write_response(before, poles, lambda _: rng)
         question = _write_question(topic, before, rng)
         history = f"\n\nHuman: {question}\n\nAssistant:{answer}"
         context = _pick(FOLLOW_UPS, rng) + " "
@@ -376,25 +398,31 @@ def _thing(record: PromptRecord) -> str:
     return f"{record.word} {record.entity}".strip()
 
 
-def _write_response(record: PromptRecord, poles: Mapping[str, str], rng: Random) -> str:
+def _write_response(record: PromptRecord, poles: Mapping[str, str], draws: Draws) -> str:
     """Opening, advice and closing, each worded by the poles."""
-    side = {axis.name: axis.poles.index(poles[axis.name]) for axis in AXES}
+
+    def word(axis: str, wordings: Sequence[tuple[str, ...]], place: str = "") -> str:
+        side = _AXES[axis].poles.index(poles[axis])
+        return _pick(wordings[side], draws(f"{axis}/{poles[axis]}/{place}"))
+
     end = ".!"[poles["enthusiastic"] == "enthusiastic"]
-    advice = _write_advice(record, declines=poles["declines"] == "declines", rng=rng)
+    declines = poles["declines"] == "declines"
+    advice = _write_advice(record, declines=declines, rng=draws("advice"))
     if poles["brief"] == "brief":
         advice = advice[:1]
-    subject = _pick(wording.SUBJECTS[side["personal"]], rng)
-    sentences = [_pick(wording.OPENINGS[side["polite"]], rng) + end]
+    ordinals = wording.ORDINALS[poles["numbered"] != "numbered"]
+    subject = word("personal", wording.SUBJECTS)
+    sentences = [word("polite", wording.OPENINGS) + end]
     for number, phrase in enumerate(advice):
-        clause = f"{subject} {_pick(wording.MODALS[side['hedged']], rng)} {phrase}"
+        clause = f"{subject} {word('hedged', wording.MODALS, f'modal {number}')} {phrase}"
         if number == 0:
-            clause = f"{_pick(wording.ADVERBS[side['hedged']], rng)} {clause}"
-            clause += f", {_pick(wording.SOURCES[side['sourced']], rng)}"
+            clause = f"{word('hedged', wording.ADVERBS, 'adverb')} {clause}"
+            clause += f", {word('sourced', wording.SOURCES)}"
         if poles["numbered"] == "numbered":
             clause = clause[0].upper() + clause[1:]
-        sentences.append(f"{wording.ORDINALS[side['numbered']][number]} {clause}{end}")
-    interjection = _pick(wording.INTERJECTIONS[side["enthusiastic"]], rng)
-    closing = _pick(wording.CLOSINGS[side["asking"]], rng)
+        sentences.append(f"{ordinals[number]} {clause}{end}")
+    interjection = word("enthusiastic", wording.INTERJECTIONS)
+    closing = word("asking", wording.CLOSINGS)
     sentences.append(f"{interjection}, {closing}{'?' if poles['asking'] == 'asking' else end}")
     return " " + " ".join(sentences)
 

@@ -1,0 +1,153 @@
+"""The paper's failure signatures, looked for in a sweep's numbers and said in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dsteer.store import Json
+
+HETEROGENEOUS = 0.85
+"""A held-out cosine below it says that the change is not one shared direction."""
+
+COLLAPSED = 0.5
+"""Share of degenerate texts from which steering has gone too far."""
+
+RESTORED = 0.9
+"""KL recovered from which inversion counts as restoring the base."""
+
+
+def diagnose(
+    start: str,
+    site: str,
+    strengths: Sequence[float],
+    metrics: Mapping[str, Json],
+    degenerate: Sequence[float],
+    held_out_cosine: float | None,
+) -> list[str]:
+    """Sentences about one sweep, from its result.
+
+    Args:
+        start: the model that was steered.
+        site: where.
+        strengths: rising, with 0.
+        metrics: as the result describes them.
+        degenerate: share of degenerate texts at each strength.
+        held_out_cosine: mean cosine of test displacements with v* at the site.
+    """
+    said = []
+    if held_out_cosine is not None and held_out_cosine < HETEROGENEOUS:
+        said.append(
+            f"Heterogeneous change: the mean held-out cosine with v* at {site} is "
+            f"{held_out_cosine:.3f}, below {HETEROGENEOUS}: prompts do not share one direction "
+            "there, so no one λ can be right for all."
+        )
+    said += _too_far(strengths, metrics, degenerate)
+    said += _reach(start, strengths, metrics)
+    said += _like_random(strengths, metrics)
+    said += _direction(strengths, metrics)
+    return said
+
+
+def _too_far(
+    strengths: Sequence[float], metrics: Mapping[str, Json], degenerate: Sequence[float]
+) -> list[str]:
+    said = []
+    above = [i for i, strength in enumerate(strengths) if strength >= 0]
+    first = next((i for i in above if degenerate[i] >= COLLAPSED), None)
+    if first is not None:
+        said.append(
+            f"Over-steering: from λ = {strengths[first]:g} on at least half of the texts are "
+            f"degenerate ({degenerate[first]:.0%} there)."
+        )
+    for key in ("rouge_l_reference", "rouge_l_target"):
+        points, begin = metrics.get(key, {}).get("worst"), metrics.get(key, {}).get("start")
+        if points is None or begin is None or begin["low"] is None:
+            continue
+        below = (i for i in above if points[i] is not None and points[i] < begin["low"])
+        falls = next(below, None)
+        if falls is not None:
+            said.append(
+                f"Overlap falls: {metrics[key]['label']}, with degenerate texts as 0, is below the "
+                f"start's interval from λ = {strengths[falls]:g} on ({points[falls]:.3f} against "
+                f"{begin['value']:.3f})."
+            )
+            break
+    return said
+
+
+def _reach(start: str, strengths: Sequence[float], metrics: Mapping[str, Json]) -> list[str]:
+    points = metrics["kl_recovered"]["curves"]["v"]
+    known = [(p["value"], s) for p, s in zip(points, strengths, strict=True) if p is not None]
+    if not known:
+        return ["KL recovered is undefined: the two models predict the same."]
+    best, where = max(known)
+    if 1.0 not in strengths:
+        return []
+    at_one = points[list(strengths).index(1.0)]
+    if start == "tuned":
+        low = at_one["value"] if at_one["low"] is None else at_one["low"]
+        if low < RESTORED:
+            return [
+                "Inversion at λ = 1 does not restore the base: it recovers "
+                f"{at_one['value']:.3f} of the KL. Of the strengths tried it comes nearest at "
+                f"λ = {where:g} ({best:.3f})."
+            ]
+    if best > at_one["value"] + 0.02:
+        verb = "adding" if start == "base" else "taking away"
+        return [
+            f"λ = 1 is not where {verb} v* brings most: {at_one['value']:.3f} of the KL there, "
+            f"{best:.3f} at λ = {where:g} (picked on the test pairs, so it flatters)."
+        ]
+    return []
+
+
+def _like_random(strengths: Sequence[float], metrics: Mapping[str, Json]) -> list[str]:
+    if 1.0 not in strengths:
+        return []
+    at = list(strengths).index(1.0)
+    inside = []
+    for key in ("kl_recovered", "reward_margin"):
+        random = metrics.get(key, {}).get("random")
+        point = metrics.get(key, {}).get("curves", {}).get("v", [None] * len(strengths))[at]
+        if random is None or point is None or random["low"][at] is None:
+            continue
+        if random["low"][at] <= point["value"] <= random["high"][at]:
+            inside.append(metrics[key]["label"])
+    if not inside:
+        return []
+    return [
+        f"At λ = 1 v* does no more than a random direction of its norm to: {', '.join(inside)}."
+    ]
+
+
+def _direction(strengths: Sequence[float], metrics: Mapping[str, Json]) -> list[str]:
+    """Whether the reward, and the oracle that tuning moved most, go one way from λ = 0 to 1."""
+
+    def change(name: str) -> float:
+        begin, target = metrics[name]["start"], metrics[name]["target"]
+        return 0.0 if begin is None or target is None else target["value"] - begin["value"]
+
+    names = [name for name in ("reward_margin",) if name in metrics]
+    oracles = [name for name in metrics if name.startswith("oracle_")]
+    if oracles:
+        names.append(max(oracles, key=lambda name: abs(change(name))))
+    said = []
+    for name in names:
+        label = metrics[name]["label"]
+        points = zip(strengths, metrics[name]["curves"]["v"], strict=True)
+        within = [None if point is None else point["value"] for s, point in points if 0 <= s <= 1]
+        values = [value for value in within if value is not None]
+        if len(values) < max(3, len(within)) or not change(name):
+            continue
+        if bool((np.diff(values) * np.sign(change(name)) >= 0).all()):
+            said.append(
+                f"{label} goes towards the target at every step from λ = 0 to 1: "
+                f"{values[0]:.3f} to {values[-1]:.3f}; the target has "
+                f"{metrics[name]['target']['value']:.3f}."
+            )
+        else:
+            shown = ", ".join(f"{value:.3f}" for value in values)
+            said.append(f"{label} does not go one way from λ = 0 to 1: {shown}.")
+    return said

@@ -1,0 +1,1179 @@
+"""Turn the strength of v* and measure everything: the core of interpolation and inversion.
+
+One model, the *start*, is steered; the other, the *target*, is where it should arrive. Choices (the
+site, the range of strengths) are made on tune pairs, and all metrics are of test pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsteer.activations.extract import PairedActivations
+from dsteer.activations.sites import FINAL_NORM, resolve_sites
+from dsteer.behaviour.classifier import Classifier
+from dsteer.behaviour.curves import Curves, band
+from dsteer.behaviour.diagnoses import diagnose
+from dsteer.behaviour.external_reward import external_reward
+from dsteer.behaviour.judge import Judge, abstentions
+from dsteer.behaviour.metrics import (
+    GENERATED,
+    TEACHER_FORCED,
+    Generated,
+    Metric,
+    Values,
+    numbers,
+    oracle_metric,
+    text_metrics,
+)
+from dsteer.behaviour.perplexity import surprises
+from dsteer.behaviour.refusal import MEASURED_LIMITS, refusal
+from dsteer.behaviour.strengths import LiveRange, grid, live_range
+from dsteer.behaviour.teacher_forced import Predictions, Scores, predictions, score
+from dsteer.behaviour.toxicity import load_toxicity
+from dsteer.behaviour.truthfulqa import multiple_choice, read_questions
+from dsteer.behaviour.validity import screen
+from dsteer.config import BehaviourConfig, PipelineConfig, SweepConfig, SyntheticSource
+from dsteer.data.jsonl import read_pairs
+from dsteer.data.sources import load_preferences
+from dsteer.data.synthetic import AXES
+from dsteer.data.tokens import Encoded, encode
+from dsteer.data.types import PreferencePair
+from dsteer.errors import DataError, MeasurementError
+from dsteer.geometry.alignment import cosine_to
+from dsteer.models.anatomy import evaluating
+from dsteer.models.load import Model
+from dsteer.models.pair import ModelPair, Which
+from dsteer.models.readout import Readout
+from dsteer.progress import Reporter
+from dsteer.steering.arms import Arm, Steering, same_without_hooks
+from dsteer.steering.decode import Decoded, Decoding, decode
+from dsteer.steering.intervene import Positions
+from dsteer.steering.vector import SteeringVector, SteeringVectorSet
+from dsteer.store import Json, atomic_path, read_json, write_json
+from dsteer.training.evaluate import Continuation
+
+SITE_PAIRS = 32
+"""Tune pairs on which the site is chosen."""
+
+RANDOM_PAIRS = 32
+"""Test pairs on which random directions are measured by teacher forcing."""
+
+SHAM_TEXTS = 8
+"""Texts that are decoded without any hook, for the sham arm."""
+
+POSITIONS: tuple[Positions, ...] = ("all", "prompt_last", "generated")
+"""The positions among which ``auto`` chooses, with the site."""
+
+NOTHING = 1e-8
+"""A KL in nats a token that is no larger is nothing to recover."""
+
+BETA = 0.1
+"""β of the implicit reward where the pipeline trains no model."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is turned, and on which data.
+
+    Attributes:
+        pair: both models.
+        start: the model that is steered.
+        config: of the sweep.
+        behaviour: metrics from outside.
+        vectors: v* a site.
+        preference: the mean e_w − e_l, at final_norm, if it is to be an arm of its own.
+        held_out_cosine: a site's mean cosine of test displacements with its v*.
+        tune: pairs on which choices are made.
+        test: pairs on which numbers are reported.
+        synthetic: whether all of them are of the synthetic world.
+        template: how prompts are written, ``none`` or ``chat``.
+        beta: of the implicit reward.
+        device: where classifiers run.
+        seed: a seed for each purpose.
+        folder: where texts are written.
+        reporter: shows progress.
+    """
+
+    pair: ModelPair
+    start: Which
+    config: SweepConfig
+    behaviour: BehaviourConfig
+    vectors: SteeringVectorSet
+    preference: SteeringVector | None
+    held_out_cosine: Callable[[str], float | None]
+    tune: Sequence[PreferencePair]
+    test: Sequence[PreferencePair]
+    synthetic: bool
+    template: str
+    beta: float
+    device: str
+    seed: Callable[..., int]
+    folder: Path
+    reporter: Reporter
+
+    @property
+    def target(self) -> Which:
+        """The other model."""
+        return "tuned" if self.start == "base" else "base"
+
+    @property
+    def sign(self) -> int:
+        """1 where v is added, −1 where it is taken away."""
+        return 1 if self.start == "base" else -1
+
+    @classmethod
+    def of(
+        cls,
+        config: PipelineConfig,
+        sweep: SweepConfig,
+        start: Which,
+        inputs: Mapping[str, Path],
+        paths: tuple[str, str],
+        folder: Path,
+        seed: Callable[..., int],
+        reporter: Reporter,
+    ) -> Study:
+        """The study of a pipeline.
+
+        Args:
+            config: the pipeline.
+            sweep: its section for this sweep.
+            start: the model that is steered.
+            inputs: folders of the stages that it reads; ``geometry`` may be missing.
+            paths: of base and tuned.
+            folder: where texts are written.
+            seed: a seed for each purpose.
+            reporter: shows progress.
+        """
+        vectors = SteeringVectorSet.load(inputs["vector"] / "vectors.safetensors")
+        activations = PairedActivations.open(inputs["activations"])
+        rows = slice(*read_json(inputs["activations"] / "result.json")["rows"]["test"])
+        preference = None
+        direction = inputs["geometry"] / "preference.safetensors" if "geometry" in inputs else None
+        if direction is not None and direction.exists():
+            preference = SteeringVectorSet.load(direction)[FINAL_NORM]
+
+        def held_out(site: str) -> float | None:
+            if vectors[site].undefined:
+                return None
+            delta = activations.displacement(site)[rows]
+            mean = float(cosine_to(delta, vectors[site].tensor).nanmean())
+            return mean if math.isfinite(mean) else None
+
+        return cls(
+            pair=ModelPair.configured(config.models, *paths),
+            start=start,
+            config=sweep,
+            behaviour=config.behaviour,
+            vectors=vectors,
+            preference=preference,
+            held_out_cosine=held_out,
+            tune=read_pairs(inputs["data"] / "tune.jsonl"),
+            test=read_pairs(inputs["data"] / "test.jsonl"),
+            synthetic=all(isinstance(s, SyntheticSource) for s in config.data.sources),
+            template=config.activations.template if config.activations else "none",
+            beta=config.dpo.beta if config.dpo else BETA,
+            device=config.models.device,
+            seed=seed,
+            folder=folder,
+            reporter=reporter,
+        )
+
+    def run(self) -> Json:
+        """Measure everything; returns the result, and writes the texts beside it."""
+        return _Run(self).result()
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A direction with its name, and the tokens that it acts on."""
+
+    label: str
+    vector: SteeringVector
+    positions: Positions
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Pairs as ids, for teacher forcing: the chosen answers, then the rejected ones.
+
+    Attributes:
+        texts: prompts with answers, cut.
+        pairs: how many pairs; without rejected answers there are as many texts.
+        clusters: conversation of each pair.
+    """
+
+    texts: list[Encoded]
+    pairs: int
+    clusters: list[str]
+
+    @property
+    def both(self) -> bool:
+        """Whether there are rejected answers too."""
+        return len(self.texts) == 2 * self.pairs
+
+    def first(self, count: int) -> _Answers:
+        """The first pairs alone."""
+        n = min(count, self.pairs)
+        rejected = self.texts[self.pairs : self.pairs + n] if self.both else []
+        return _Answers([*self.texts[:n], *rejected], n, self.clusters[:n])
+
+
+@dataclass
+class _Curve:
+    """One metric's values: a row an arm's strength, a column a prompt or pair."""
+
+    metric: Metric
+    source: str
+    clusters: list[str]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    below: dict[str, Tensor] = field(default_factory=dict)  # denominators; none: ones
+    random: list[np.ndarray] = field(default_factory=list)  # one a draw: a number a strength
+    random_n: int = 0
+    target: Values | None = None
+    target_below: Values | None = None
+    level: float | None = None  # where the target's level is known without measuring
+    transform: Callable[[float], float] = float
+
+
+class _Run:
+    """One sweep, from the choice of the site to the result."""
+
+    def __init__(self, study: Study) -> None:
+        self.study, self.config = study, study.config
+        self.pair, self.reporter = study.pair, study.reporter
+        self.tokenizer = study.pair.tokenizer
+        self.decoding = Decoding(
+            study.config.max_new_tokens,
+            study.config.temperature,
+            seed=study.seed("draws"),
+            stop=study.config.stop,
+        )
+        self.readouts: dict[Which, Readout] = {}
+        self.absent: list[tuple[str, str]] = []
+        self.notes: list[str] = [*study.pair.notes]
+        self.curves: dict[str, _Curve] = {}
+        self.prompts = list(study.test[: study.config.prompts])
+        self.encoded = self._encode(self.prompts)
+        self.decoder_note: str | None = None
+        self.fast = True
+
+    # ------------------------------------------------------------------ data
+
+    def _encode(self, pairs: Sequence[PreferencePair], answer: str | None = None) -> list[Encoded]:
+        new = self.config.response_tokens if answer else self.config.max_new_tokens
+        limits = [self.config.max_tokens]
+        if self.pair.max_positions is not None:
+            limits.append(self.pair.max_positions - (0 if answer else new))
+        asked = [replace(pair, chosen=getattr(pair, answer)) for pair in pairs] if answer else pairs
+        return encode(
+            self.tokenizer,
+            list(asked),
+            template=self.study.template,
+            max_tokens=min(limits),
+            response="chosen" if answer else None,
+            response_tokens=new if answer else None,
+        )
+
+    def _answers(self, pairs: Sequence[PreferencePair], count: int) -> _Answers:
+        """Pairs with answers; of prompts alone, the target's own texts are the answers."""
+        complete = [pair for pair in pairs if pair.chosen and pair.rejected][:count]
+        if complete:
+            texts = self._encode(complete, "chosen") + self._encode(complete, "rejected")
+            return _Answers(texts, len(complete), [pair.conversation for pair in complete])
+        chosen = list(pairs[:count])
+        encoded = self._encode(chosen)
+        made = self._decode(self.study.target, encoded, None, "target").tokens[0]
+        kept = [i for i, tokens in enumerate(made) if tokens]
+        if not kept:
+            raise DataError(
+                "the pairs have no answers, and the target model writes none to the prompts; give "
+                "pairs with answers"
+            )
+        texts = [
+            Encoded(
+                encoded[i].ids + made[i][: self.config.response_tokens], encoded[i].prompt_length
+            )
+            for i in kept
+        ]
+        return _Answers(texts, len(kept), [chosen[i].conversation for i in kept])
+
+    def _readout(self, which: Which, model: Model) -> Readout:
+        if which not in self.readouts:
+            self.readouts[which] = Readout.of(model, vocabulary=self.pair.vocabulary)
+        return self.readouts[which]
+
+    def _decode(
+        self,
+        which: Which,
+        prompts: Sequence[Encoded],
+        steering: Steering | None,
+        label: str,
+        journal: str | None = None,
+    ) -> Decoded:
+        with self.pair.using(which) as model:
+            made = decode(
+                model,
+                self.tokenizer,
+                prompts,
+                steering or Steering.none(self.pair.width),
+                self.decoding,
+                memory=self.config.memory_mb * 2**20,
+                path=self.study.folder / "checkpoints" / f"{journal}.jsonl" if journal else None,
+                reporter=self.reporter,
+                label=label,
+            )
+        if made.note is not None:
+            self.fast, self.decoder_note = False, made.note
+        return made
+
+    # ------------------------------------------------------------------ result
+
+    def result(self) -> Json:
+        study, config = self.study, self.config
+        start, target = study.start, study.target
+        tune = self._answers(study.tune, SITE_PAIRS)
+        test = self._answers(study.test, config.pairs)
+        with self.pair.using(target) as model:
+            readout = self._readout(target, model)
+            aims_tune = predictions(model, tune.texts, readout)
+            aims = predictions(model, test.texts, readout)
+            del model
+        site, self.positions, sites = self._place(tune, aims_tune)
+        v = study.vectors[site]
+        if v.undefined:
+            raise MeasurementError(
+                f"v* at {site} is zero: the models agree there, so nothing can be added; name "
+                f"another site ({study.config.__class__.__name__}.site)"
+            )
+        live, strengths = self._strengths(v)
+        self.strengths = strengths
+        self._curves_over(test)
+        arms = self._arms(site)
+        draws = self._random_directions(v)
+        self._teacher_forced(test, aims, arms, draws)
+        sham = self._sham(test, v)
+        written = self._generate(arms, draws)
+        self._texts(written)
+        self._perplexity(written)
+        self._outside(written)
+        self._truthfulqa(arms)
+        metrics = self._described()
+        texts = self._text_counts(written)
+        diagnoses = diagnose(
+            start, site, strengths, metrics, texts["degenerate"], study.held_out_cosine(site)
+        )
+        self._save(written)
+        explorer = self._explorer(written, v)
+        write_json(study.folder / "explorer.json", explorer)
+        if test.both is False:
+            self.notes.append(
+                "The test pairs have no answers: teacher-forced metrics read the target's own."
+            )
+        return {
+            "direction": "interpolation" if start == "base" else "inversion",
+            "start": start,
+            "target": target,
+            "sign": study.sign,
+            "site": site,
+            "site_chosen_on": "tune" if sites else "given",
+            "sites": sites,
+            "positions": self.positions,
+            "strengths": list(strengths),
+            "grid": self._grid(live),
+            "arms": {
+                name: {
+                    "label": arm.label,
+                    "site": arm.vector.site,
+                    "norm": arm.vector.norm,
+                    "positions": arm.positions,
+                    "generated": True,
+                }
+                for name, arm in arms.items()
+            },
+            "random": {
+                "draws": len(draws),
+                "generated": min(config.random_generations, len(draws)),
+                "pairs": min(RANDOM_PAIRS, test.pairs),
+                "matched": "norm",
+            },
+            "sham": sham,
+            "metrics": metrics,
+            "texts": texts,
+            "absent": [{"metric": metric, "reason": why} for metric, why in self.absent],
+            "refusal_limits": {
+                "precision": MEASURED_LIMITS.precision.json(),
+                "recall": MEASURED_LIMITS.recall.json(),
+                "texts": MEASURED_LIMITS.texts,
+                "source": MEASURED_LIMITS.source,
+            },
+            "diagnoses": diagnoses,
+            "headline": self._headline(site, metrics),
+            "notes": self.notes,
+        }
+
+    # ------------------------------------------------------------------ choices on tune
+
+    def _place(self, tune: _Answers, aims: Predictions) -> tuple[str, Positions, dict[str, Json]]:
+        """Site and positions where v* recovers most KL at λ = 1 on the tune pairs.
+
+        Of equals the earliest site is taken. What the config names is taken as it is.
+        """
+        study, config = self.study, self.config
+        sites = list(study.vectors)
+        if config.site != "auto":
+            sites = [resolve_sites(config.site, self.pair.n_blocks)[0]]
+            if sites[0] not in study.vectors:
+                raise MeasurementError(
+                    f"site {sites[0]}: the run holds no v* there; name one of "
+                    f"{', '.join(study.vectors)}"
+                )
+        kinds = POSITIONS if config.positions == "auto" else (config.positions,)
+        if len(sites) == len(kinds) == 1:
+            return sites[0], kinds[0], {}
+        found: dict[str, Json] = {}
+        best: tuple[float, str, Positions] | None = None
+        with (
+            self.pair.using(study.start) as model,
+            self.reporter.bar("sites", len(sites), unit="site") as advance,
+        ):
+            for site in sites:
+                v = study.vectors[site]
+                row = dict.fromkeys(kinds, None) if v.undefined else {
+                    kind: self._recovered(model, v, kind, tune, aims) for kind in kinds
+                }  # fmt: skip
+                found[site] = {"norm": v.norm, "kl_recovered": row}
+                for kind, value in row.items():
+                    if value is not None and (best is None or value > best[0] + 1e-9):
+                        best = value, site, kind
+                advance(1)
+            del model
+        if best is None:
+            raise MeasurementError(
+                "the two models predict the same on the tune pairs (or v* is zero at every site): "
+                "there is nothing to recover; check that training changed the model"
+            )
+        return best[1], best[2], found
+
+    def _recovered(
+        self,
+        model: Model,
+        v: SteeringVector,
+        positions: Positions,
+        tune: _Answers,
+        aims: Predictions,
+    ) -> float | None:
+        """KL recovered at λ = 1 on the chosen answers of the tune pairs."""
+        arms = (Arm(v.tensor, 0.0), Arm(v.tensor, float(self.study.sign)))
+        chosen = slice(0, tune.pairs)
+        scores = score(
+            model,
+            tune.texts[chosen],
+            Steering(v.site, arms, positions=positions),
+            self._readout(self.study.start, model),
+            Predictions(aims.states[chosen], aims.readout),
+        )
+        before, after = scores.kl.sum(dim=1).tolist()
+        return 1 - after / before if before > NOTHING * float(scores.tokens.sum()) else None
+
+    def _strengths(self, v: SteeringVector) -> tuple[LiveRange | None, tuple[float, ...]]:
+        config = self.config
+        if config.strengths != "auto":
+            return None, tuple(config.strengths)
+        prompts = self._encode(self.study.tune[: config.range_prompts])
+        calls = iter(range(100))
+
+        def degenerate(strengths: Sequence[float]) -> list[float]:
+            if not strengths:
+                return []
+            made = self._decode(
+                self.study.start,
+                prompts,
+                self._steering(v, strengths),
+                "live range",
+                f"range-{next(calls)}",
+            )
+            return [
+                sum(screen(text) is not None for text in texts) / len(texts) for texts in made.texts
+            ]
+
+        live = live_range(degenerate, config.max_strength)
+        for side, end in (("above", live.high), ("below", live.low)):
+            if end is None:
+                self.notes.append(
+                    f"No collapse {side} λ = 0 up to |λ| = {config.max_strength:g}: the grid ends "
+                    "there."
+                )
+        return live, grid(live, config.points, config.max_strength)
+
+    def _steering(
+        self, v: SteeringVector, strengths: Sequence[float], positions: Positions | None = None
+    ) -> Steering:
+        arms = tuple(Arm(v.tensor, self.study.sign * strength) for strength in strengths)
+        return Steering(v.site, arms, positions=positions or self.positions)
+
+    # ------------------------------------------------------------------ arms
+
+    def _arms(self, site: str) -> dict[str, _Named]:
+        vectors = self.study.vectors
+        arms = {"v": _Named("v*", vectors[site], self.positions)}
+        papers = FINAL_NORM in vectors and not vectors[FINAL_NORM].undefined
+        if papers and (site, self.positions) != (FINAL_NORM, "all"):
+            arms["final_norm"] = _Named("v* at final_norm", vectors[FINAL_NORM], "all")
+        preference = self.study.preference
+        if preference is not None and not preference.undefined:
+            size = vectors[FINAL_NORM].norm if FINAL_NORM in vectors else vectors[site].norm
+            scaled = preference.tensor * (size / preference.norm)
+            arms["preference"] = _Named(
+                "mean e_w − e_l", SteeringVector(scaled, preference.site), "all"
+            )
+            self.notes.append(
+                "The mean e_w − e_l acts at final_norm, scaled to the norm of v* there: its λ "
+                "counts in that norm."
+            )
+        if self.positions != "all" and len(arms) > 1:
+            self.notes.append(
+                f"v* acts on the tokens {self.positions!r}; the arms at final_norm act on all "
+                "tokens, as in the paper."
+            )
+        return arms
+
+    def _random_directions(self, v: SteeringVector) -> list[SteeringVector]:
+        rng = np.random.default_rng(self.study.seed("random directions"))
+        found = []
+        for _ in range(self.config.random_directions):
+            draw = rng.standard_normal(v.width)
+            found.append(SteeringVector(draw * (v.norm / np.linalg.norm(draw)), v.site))
+        return found
+
+    # ------------------------------------------------------------------ teacher forcing
+
+    def _curves_over(self, test: _Answers) -> None:
+        self.pair_curves = Curves(
+            test.clusters, self.config.bootstrap, self.config.confidence, self.study.seed("pairs")
+        )
+        self.prompt_curves = Curves(
+            [pair.conversation for pair in self.prompts],
+            self.config.bootstrap,
+            self.config.confidence,
+            self.study.seed("prompts"),
+        )
+
+    def _teacher_forced(
+        self,
+        test: _Answers,
+        aims: Predictions,
+        arms: Mapping[str, _Named],
+        draws: Sequence[SteeringVector],
+    ) -> None:
+        study, strengths = self.study, self.strengths
+        few = test.first(RANDOM_PAIRS)
+        index = [
+            *range(few.pairs),
+            *(range(test.pairs, test.pairs + few.pairs) if few.both else ()),
+        ]
+        few_aims = Predictions(tuple(aims.states[i] for i in index), aims.readout)
+        found: dict[str, Scores] = {}
+        with self.pair.using(study.start) as model:
+            readout = self._readout(study.start, model)
+            for name, arm in arms.items():
+                found[name] = score(
+                    model, test.texts, self._steering(arm.vector, strengths, arm.positions),
+                    readout, aims,
+                    reporter=self.reporter, label=f"teacher-forced, {arm.label}",
+                )  # fmt: skip
+            many = [
+                Arm(draw.tensor, study.sign * strength) for draw in draws for strength in strengths
+            ]
+            steering = Steering(draws[0].site, tuple(many), positions=self.positions)
+            random = score(
+                model, few.texts, steering, readout, few_aims,
+                reporter=self.reporter, label="teacher-forced, random",
+            )  # fmt: skip
+            del model
+        zero = strengths.index(0.0)
+        own = _own_likelihoods(aims, test.texts)
+        for name, scores in found.items():
+            self._put(name, scores, zero, test, self._reference(scores, zero, own))
+        if test.both:
+            reference = self._reference(found["v"], zero, own)
+            for name, values in _rewards(own[None], reference, test, study.beta).items():
+                self.curves[name].target = values[0]
+        else:
+            for name in ("reward_margin", "preference_match"):
+                self.absent.append((name, "the test pairs have no rejected answers"))
+        self.curves["kl_recovered"].level = self.curves["kl_recovered_reverse"].level = 1.0
+        self.curves["kl_first_token"].level = 0.0
+        self.curves["top1_agreement"].level = 1.0
+        self._put_random(random, few, zero, own[index], len(draws))
+
+    def _put(
+        self,
+        name: str,
+        scores: Scores,
+        zero: int,
+        test: _Answers,
+        reference: Tensor,
+    ) -> None:
+        """An arm's values of every teacher-forced metric."""
+        chosen = slice(0, test.pairs)
+        mine = scores.of(chosen)
+        tokens = mine.tokens.double()
+        for key, after, before in (
+            ("kl_recovered", mine.kl, mine.kl[zero]),
+            ("kl_recovered_reverse", mine.kl_reverse, mine.kl_reverse[zero]),
+        ):
+            curve = self._curve(key, "teacher_forced", test.clusters)
+            nothing = float(before.sum()) <= NOTHING * float(tokens.sum())
+            curve.values[name] = before - after
+            curve.below[name] = (torch.zeros_like(before) if nothing else before).expand_as(after)
+        first = self._curve("kl_first_token", "teacher_forced", test.clusters)
+        first.values[name] = mine.kl_first
+        agreement = self._curve("top1_agreement", "teacher_forced", test.clusters)
+        agreement.values[name], agreement.below[name] = (
+            mine.agreement,
+            tokens.expand_as(mine.agreement),
+        )
+        if test.both:
+            rewards = _rewards(scores.log_likelihood, reference, test, self.study.beta)
+            for key, values in rewards.items():
+                self._curve(key, "teacher_forced", test.clusters).values[name] = values
+
+    def _reference(self, scores: Scores, zero: int, target: Tensor) -> Tensor:
+        """The base's own log-likelihoods: the start's at λ = 0, or the target's."""
+        return scores.log_likelihood[zero] if self.study.start == "base" else target
+
+    def _put_random(
+        self, scores: Scores, few: _Answers, zero: int, target: Tensor, draws: int
+    ) -> None:
+        n, size = len(self.strengths), few.pairs
+        mine = scores.of(slice(0, size))
+        for draw in range(draws):
+            rows = slice(draw * n, (draw + 1) * n)
+            sums = {
+                "kl_recovered": mine.kl[rows].sum(1),
+                "kl_recovered_reverse": mine.kl_reverse[rows].sum(1),
+            }
+            for key, after in sums.items():
+                before = float(after[zero])
+                known = before > NOTHING * float(mine.tokens.sum())
+                value = 1 - after / before if known else torch.full_like(after, float("nan"))
+                self.curves[key].random.append(value.numpy())
+            self.curves["kl_first_token"].random.append(mine.kl_first[rows].mean(1).numpy())
+            agreement = mine.agreement[rows].sum(1) / mine.tokens.sum()
+            self.curves["top1_agreement"].random.append(agreement.numpy())
+            if few.both:
+                part = scores.log_likelihood[rows]
+                reference = part[zero] if self.study.start == "base" else target
+                rewards = _rewards(part, reference, few, self.study.beta)
+                for key, values in rewards.items():
+                    self.curves[key].random.append(values.mean(1).numpy())
+        for curve in self.curves.values():
+            curve.random_n = size
+
+    def _curve(self, name: str, source: str, clusters: list[str]) -> _Curve:
+        if name not in self.curves:
+            known = {**TEACHER_FORCED, **GENERATED}
+            if name in known:
+                metric = known[name]
+            else:
+                axis = next(axis for axis in AXES if f"oracle_{axis.name}" == name)
+                metric = oracle_metric(axis.name, axis.poles)
+            self.curves[name] = _Curve(metric, source, clusters)
+        return self.curves[name]
+
+    # ------------------------------------------------------------------ sham
+
+    def _sham(self, test: _Answers, v: SteeringVector) -> Json:
+        """Hooks with λ = 0 against no hooks: the states bit by bit, and texts."""
+        with self.pair.using(self.study.start) as model:
+            logits = same_without_hooks(model, test.texts[:SHAM_TEXTS], self._steering(v, [0.0]))
+            del model
+        prompts = self.encoded[:SHAM_TEXTS]
+        hooked = self._decode(self.study.start, prompts, self._steering(v, [0.0]), "sham")
+        plain = self._decode(self.study.start, prompts, None, "sham, without hooks")
+        return {
+            "logits_identical": logits,
+            "texts_identical": hooked.tokens == plain.tokens,
+            "texts": len(prompts),
+        }
+
+    # ------------------------------------------------------------------ texts
+
+    def _generate(
+        self, arms: Mapping[str, _Named], draws: Sequence[SteeringVector]
+    ) -> dict[str, list[Generated]]:
+        """Texts of each arm at each strength, of the random directions, and of the target."""
+        study, strengths = self.study, self.strengths
+        written: dict[str, list[Generated]] = {}
+        for name, arm in arms.items():
+            steering = self._steering(arm.vector, strengths, arm.positions)
+            made = self._decode(
+                study.start, self.encoded, steering, f"texts, {arm.label}", f"texts-{name}"
+            )
+            written[name] = _generated(made)
+        few = draws[: self.config.random_generations]
+        if few:
+            many = tuple(
+                Arm(draw.tensor, study.sign * strength) for draw in few for strength in strengths
+            )
+            steering = Steering(few[0].site, many, positions=self.positions)
+            made = self._decode(
+                study.start, self.encoded, steering, "texts, random", "texts-random"
+            )
+            for number in range(len(few)):
+                part = _generated(made)[number * len(strengths) : (number + 1) * len(strengths)]
+                written[f"random-{number}"] = part
+        made = self._decode(study.target, self.encoded, None, "texts, target", "texts-target")
+        written["target"] = _generated(made)
+        return written
+
+    def _texts(self, written: Mapping[str, list[Generated]]) -> None:
+        """The metrics that need the texts alone."""
+        self.collapsed = {
+            name: torch.tensor(
+                [[screen(text) is not None for text in item.texts] for item in series]
+            )
+            for name, series in written.items()
+        }
+        target = written["target"][0]
+        references = [None if pair.chosen is None else pair.chosen.strip() for pair in self.prompts]
+        for name, series in written.items():
+            rows = [
+                text_metrics(item, references, target, synthetic=self.study.synthetic)
+                for item in series
+            ]
+            for key in rows[0]:
+                self._put_texts(key, name, torch.stack([row[key] for row in rows]))
+        if all(reference is None for reference in references):
+            for key in ("bleu_reference", "rouge_l_reference"):
+                self.absent.append((key, "the test prompts have no reference answers"))
+        for key in ("bleu_target", "rouge_l_target"):
+            self.curves[key].target = None  # a text against itself says nothing
+        if not self.study.synthetic:
+            self.absent.append(("oracles", "the prompts are not of the synthetic world"))
+
+    def _put_texts(self, key: str, name: str, values: Tensor, below: Tensor | None = None) -> None:
+        """Values (strengths, prompts) of an arm, a random direction or the target."""
+        curve = self._curve(key, "generated", self.prompt_curves.clusters)
+        if name == "target":
+            curve.target = values[0]
+            curve.target_below = None if below is None else below[0]
+        elif name.startswith("random-"):
+            kept = self._kept(key, values, name)
+            weights = torch.ones_like(kept) if below is None else below
+            known = ~kept.isnan()
+            above = kept.nan_to_num(0.0).sum(1)
+            total = torch.where(known, weights, 0.0).sum(1)
+            mean = torch.where(total > 0, above / total, float("nan"))
+            curve.random.append(np.array([curve.transform(x) for x in mean.tolist()]))
+            curve.random_n = values.shape[1]
+        else:
+            curve.values[name] = values
+            if below is not None:
+                curve.below[name] = below
+
+    def _kept(self, key: str, values: Tensor, name: str) -> Tensor:
+        """Values with degenerate outputs left out, but where they are what is counted."""
+        if key in ("degenerate", "length"):
+            return values
+        collapsed = self.collapsed[name]
+        return values.masked_fill(collapsed, float("nan"))
+
+    def _perplexity(self, written: Mapping[str, list[Generated]]) -> None:
+        """Of the texts under the base, over all tokens."""
+        self._curve("perplexity", "generated", self.prompt_curves.clusters).transform = _exp
+        with self.pair.using("base") as model, evaluating(model):
+            with self.reporter.bar("perplexity", len(written), unit="arms") as advance:
+                for name, series in written.items():
+                    items = [
+                        Continuation(prompt.ids, tuple(ids))
+                        for item in series
+                        for prompt, ids in zip(self.encoded, item.tokens, strict=True)
+                    ]
+                    costs = surprises(model, items)
+                    shape = (len(series), len(self.encoded))
+                    nll = numbers([None if c is None else c.nll for c in costs]).view(shape)
+                    tokens = numbers([None if c is None else c.tokens for c in costs]).view(shape)
+                    self._put_texts("perplexity", name, nll, tokens)
+                    advance(1)
+            del model
+
+    # ------------------------------------------------------------------ from outside
+
+    def _outside(self, written: Mapping[str, list[Generated]]) -> None:
+        """Reward model, toxicity and judge: what is configured; the rest is absent, with why."""
+        behaviour, device = self.study.behaviour, self.study.device
+        prompts = [pair.prompt for pair in self.prompts]
+
+        def fill(key: str, values: Callable[[Sequence[str]], list[float | None]]) -> None:
+            with self.reporter.bar(key, len(written), unit="arms") as advance:
+                for name, series in written.items():
+                    rows = [numbers(values(item.texts)) for item in series]
+                    self._put_texts(key, name, torch.stack(rows))
+                    advance(1)
+
+        if behaviour.reward_model is None:
+            self.absent.append(("external_reward", "behaviour.reward_model is not configured"))
+        else:
+            reward = external_reward(Classifier.load(behaviour.reward_model, device=device))
+            fill(
+                "external_reward",
+                lambda texts: [
+                    item.value for item in reward(list(zip(prompts, texts, strict=True)))
+                ],
+            )
+        if behaviour.toxicity is None:
+            self.absent.append(("toxicity", "behaviour.toxicity is not configured"))
+        else:
+            toxicity = load_toxicity(behaviour.toxicity, device=device, reporter=self.reporter)
+            fill("toxicity", lambda texts: [item.value for item in toxicity(texts)])
+        if behaviour.judge is None:
+            self.absent.append(("judge", "behaviour.judge is not configured"))
+            self.absent.append(("refusal_judge", "behaviour.judge is not configured"))
+            return
+        judge = Judge(behaviour.judge, reporter=self.reporter)
+        silent: dict[str, int] = {}
+
+        def judged(texts: Sequence[str]) -> list[float | None]:
+            verdicts = judge.scores(list(zip(prompts, texts, strict=True)))
+            for reason, count in abstentions(verdicts).items():
+                silent[reason] = silent.get(reason, 0) + count
+            return [item.value for item in verdicts]
+
+        fill("judge", judged)
+        if behaviour.judge.refusal:
+            fill(
+                "refusal_judge",
+                lambda texts: [
+                    item.value for item in judge.refusals(list(zip(prompts, texts, strict=True)))
+                ],
+            )
+        else:
+            self.absent.append(("refusal_judge", "behaviour.judge.refusal is false"))
+        for reason, count in silent.items():
+            self.notes.append(f"The judge abstained on {count} texts: {reason}.")
+
+    def _truthfulqa(self, arms: Mapping[str, _Named]) -> None:
+        config = self.study.behaviour.truthfulqa
+        if config is None:
+            for key in ("truthfulqa_mc1", "truthfulqa_mc2"):
+                self.absent.append((key, "behaviour.truthfulqa is not configured"))
+            return
+        questions = read_questions(config.path, limit=config.limit)
+        clusters = [question.text for question in questions]
+        v = arms["v"].vector
+
+        def measure(which: Which, steering: Steering) -> tuple[Tensor, Tensor]:
+            with self.pair.using(which) as model:
+                readout = self._readout(which, model)
+                scored: list[Tensor] = []
+
+                def likelihoods(items: list[Continuation]) -> Tensor:
+                    if not scored:
+                        texts = [Encoded(i.context + i.tokens, len(i.context)) for i in items]
+                        own = predictions(model, texts, readout)
+                        scored.append(
+                            score(
+                                model, texts, steering, readout, own,
+                                reporter=self.reporter, label="TruthfulQA",
+                            ).log_likelihood
+                        )  # fmt: skip
+                    return scored[0][len(found)]
+
+                found: list[tuple[Tensor, Tensor]] = []
+                for _ in steering.arms:
+                    choice = multiple_choice(questions, self.tokenizer, likelihoods)
+                    found.append((choice.mc1, choice.mc2))
+                return torch.stack([a for a, _ in found]), torch.stack([b for _, b in found])
+
+        steered = measure(self.study.start, self._steering(v, self.strengths))
+        own = measure(self.study.target, Steering.none(self.pair.width))
+        for key, values, level in zip(
+            ("truthfulqa_mc1", "truthfulqa_mc2"), steered, own, strict=True
+        ):
+            curve = self._curve(key, "teacher_forced", clusters)
+            curve.values["v"], curve.target = values, level[0]
+
+    # ------------------------------------------------------------------ description
+
+    def _described(self) -> dict[str, Json]:
+        order = [*TEACHER_FORCED, *GENERATED, *(f"oracle_{axis.name}" for axis in AXES)]
+        return {
+            name: self._describe(name, self.curves[name]) for name in order if name in self.curves
+        }
+
+    def _describe(self, name: str, curve: _Curve) -> Json:
+        curves = Curves(
+            curve.clusters,
+            self.config.bootstrap,
+            self.config.confidence,
+            self.study.seed("bootstrap"),
+        )
+        generated = curve.source == "generated"
+        zero = self.strengths.index(0.0)
+
+        def interval(values: Tensor, below: Tensor | None) -> Json:
+            if below is None:
+                found = curves.mean(values)
+            else:
+                known = ~values.isnan()
+                found = curves.ratio(values.nan_to_num(0.0), torch.where(known, below, 0.0))
+            if found is None:
+                return None
+            shown = {
+                end: None if value is None else curve.transform(value)
+                for end, value in (("value", found.value), ("low", found.low), ("high", found.high))
+            }
+            return {**shown, "n": found.n}
+
+        rows: dict[str, list[Json]] = {}
+        kept: dict[str, Tensor] = {}
+        for arm, values in curve.values.items():
+            kept[arm] = self._kept(name, values, arm) if generated else values
+            below = curve.below.get(arm)
+            rows[arm] = [
+                interval(row, None if below is None else below[i])
+                for i, row in enumerate(kept[arm])
+            ]
+        target: Json = None
+        if curve.level is not None:
+            target = {"value": curve.level, "low": curve.level, "high": curve.level, "n": 0}
+        elif curve.target is not None:
+            aim = self._kept(name, curve.target[None], "target")[0] if generated else curve.target
+            target = interval(aim, curve.target_below)
+        crossing: Json = {"strength": None, "why": "the target's level is the end of the scale"}
+        begin = rows["v"][zero]
+        if curve.target is not None and curve.level is None:
+            found, why = self._crossing(curve, curves, kept["v"])
+            if target is not None and begin is not None and _holds(begin, target["value"]):
+                found, why = None, "the start's interval holds the target's level already"
+            crossing = {"strength": None if found is None else found.json(), "why": why}
+        elif curve.level is None:
+            crossing["why"] = "the target has no level of its own"
+        random: Json = None
+        if curve.random:
+            low, high, mean = band(np.stack(curve.random))
+            random = {
+                "low": low, "high": high, "mean": mean,
+                "draws": len(curve.random), "n": curve.random_n,
+            }  # fmt: skip
+        worst: Json = None
+        if generated and curve.metric.worst is not None and "v" in curve.values:
+            collapsed = self.collapsed["v"]
+            scored = curve.values["v"].masked_fill(collapsed, curve.metric.worst)
+            worst = [_mean(row) for row in scored]
+        return {
+            "label": curve.metric.label,
+            "unit": curve.metric.unit,
+            "better": curve.metric.better,
+            "definition": curve.metric.definition,
+            "source": curve.source,
+            "split": "test",
+            "n": len(curve.clusters),
+            "curves": rows,
+            "random": random,
+            "start": begin,
+            "target": target,
+            "crossing": crossing,
+            "worst": worst,
+        }
+
+    def _crossing(self, curve: _Curve, curves: Curves, values: Tensor) -> tuple[Json, str | None]:
+        below = curve.below.get("v")
+        if below is None or curve.target is None or curve.target_below is None:
+            assert curve.target is not None
+            aim = curve.target
+            if curve.source == "generated" and curve.metric.label != "length":
+                aim = self._kept("", aim[None], "target")[0]
+            return curves.crossing(self.strengths, values, aim)
+        # a ratio of sums (perplexity): cross in nats a token, weights as they are
+        return curves.crossing(self.strengths, values / below, curve.target / curve.target_below)
+
+    def _text_counts(self, written: Mapping[str, list[Generated]]) -> Json:
+        kinds = {kind: [] for kind in ("empty", "loop", "role_header")}  # type: dict[str, list[int]]
+        for item in written["v"]:
+            found = [screen(text) for text in item.texts]
+            for kind, row in kinds.items():
+                row.append(found.count(kind))  # type: ignore[arg-type]
+        n = len(self.prompts)
+        return {
+            "n": n,
+            "degenerate": [
+                sum(row[i] for row in kinds.values()) / n for i in range(len(self.strengths))
+            ],
+            "kinds": kinds,
+            "greedy": self.config.temperature == 0,
+            "max_new_tokens": self.config.max_new_tokens,
+            "fast_path": self.fast,
+            "decoder_note": self.decoder_note,
+        }
+
+    def _grid(self, live: LiveRange | None) -> Json:
+        if live is None:
+            return {"chosen_on": "given", "collapse": None, "collapse_negative": None, "probes": []}
+        return {
+            "chosen_on": "tune",
+            "collapse": live.high,
+            "collapse_negative": live.low,
+            "threshold": live.threshold,
+            "probes": [{"strength": s, "degenerate": share} for s, share in live.probes],
+        }
+
+    def _headline(self, site: str, metrics: Mapping[str, Json]) -> dict[str, Json]:
+        recovered = metrics["kl_recovered"]["curves"]["v"]
+        known = [
+            (point["value"], s)
+            for point, s in zip(recovered, self.strengths, strict=True)
+            if point is not None
+        ]
+        at_one = recovered[self.strengths.index(1.0)] if 1.0 in self.strengths else None
+        return {
+            "site": site,
+            "kl_recovered": _value(at_one),
+            "kl_recovered_best": max(known)[0] if known else None,
+            "best_strength": max(known)[1] if known else None,
+            "strengths": len(self.strengths),
+        }
+
+    # ------------------------------------------------------------------ files
+
+    def _save(self, written: Mapping[str, list[Generated]]) -> None:
+        rows: list[Json] = []
+        for name, series in written.items():
+            levels = [None] if name == "target" else self.strengths
+            for strength, item in zip(levels, series, strict=True):
+                rows += [
+                    {"arm": name, "strength": strength, "prompt": number, "text": text}
+                    for number, text in enumerate(item.texts)
+                ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with atomic_path(self.study.folder / "generations.jsonl") as path:
+            path.write_text(lines, encoding="utf-8")
+
+    def _explorer(self, written: Mapping[str, list[Generated]], v: SteeringVector) -> Json:
+        study, config = self.study, self.config
+        kind = config.samples
+        if kind == "auto":
+            kind = "test" if study.synthetic else "benign"
+        count = config.sample_prompts
+        if kind == "test":
+            pairs, source = self.prompts[:count], "test prompts"
+            steered = [item.texts[:count] for item in written["v"]]
+            aim = written["target"][0].texts[:count]
+        else:
+            pairs, source = _samples(kind, count)
+            encoded = self._encode(pairs)
+            made = self._decode(
+                study.start, encoded, self._steering(v, self.strengths), "texts, samples",
+                "samples",
+            )  # fmt: skip
+            steered = [list(texts) for texts in made.texts]
+            own = self._decode(study.target, encoded, None, "texts, samples", "samples-target")
+            aim = list(own.texts[0])
+        zero = self.strengths.index(0.0)
+
+        def shown(text: str) -> Json:
+            return {
+                "text": text.strip(), "refusal": refusal(text) is not None,
+                "degenerate": screen(text),
+            }  # fmt: skip
+
+        prompts = []
+        for number, pair in enumerate(pairs):
+            ends = {study.start: steered[zero][number], study.target: aim[number]}
+            prompts.append(
+                {
+                    "prompt": _as_text(pair),
+                    "reference": None if pair.chosen is None else pair.chosen.strip(),
+                    "base": shown(ends["base"]),
+                    "tuned": shown(ends["tuned"]),
+                    "steered": [shown(texts[number]) for texts in steered],
+                }
+            )
+        return {
+            "start": study.start,
+            "target": study.target,
+            "sign": study.sign,
+            "arm": "v",
+            "site": v.site,
+            "strengths": list(self.strengths),
+            "source": source,
+            "prompts": prompts,
+        }
+
+
+# ---------------------------------------------------------------------------------- small parts
+
+
+def _generated(decoded: Decoded) -> list[Generated]:
+    return [
+        Generated(texts, tokens)
+        for texts, tokens in zip(decoded.texts, decoded.tokens, strict=True)
+    ]
+
+
+def _own_likelihoods(aims: Predictions, texts: Sequence[Encoded]) -> Tensor:
+    """Σ ln p(token) of each answer under the model that made the predictions, float64."""
+    found = []
+    for item, states in zip(texts, aims.states, strict=True):
+        log_p = aims.readout(states).log_softmax(-1)
+        tokens = torch.tensor(item.ids[item.prompt_length :], device=log_p.device)
+        found.append(log_p.gather(1, tokens[:, None]).double().sum().cpu())
+    return torch.stack(found)
+
+
+def _rewards(
+    likelihoods: Tensor, reference: Tensor, answers: _Answers, beta: float
+) -> dict[str, Tensor]:
+    """Margins of the implicit reward (arms, pairs), and whether they are above 0 (a tie: ½)."""
+    rewards = beta * (likelihoods - reference)
+    margins = rewards[:, : answers.pairs] - rewards[:, answers.pairs :]
+    match = (margins > 0).double() + 0.5 * (margins == 0).double()
+    return {"reward_margin": margins, "preference_match": match}
+
+
+def _samples(kind: str, count: int) -> tuple[list[PreferencePair], str]:
+    """Prompts of the λ explorer: the shipped list, or a file."""
+    if kind != "benign":
+        pairs = load_preferences(kind)[:count]
+        if not pairs:
+            raise DataError(f"samples {kind!r}: no prompts in it; expected one a line")
+        return pairs, Path(kind).name
+    text = (files("dsteer.data") / "benign_prompts.txt").read_text(encoding="utf-8")
+    prompts = [f"\n\nHuman: {line}\n\nAssistant:" for line in text.splitlines() if line]
+    return [PreferencePair(prompt) for prompt in prompts[:count]], "dsteer's benign prompts"
+
+
+def _as_text(pair: PreferencePair) -> str:
+    if isinstance(pair.prompt, str):
+        return pair.prompt.strip()
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in pair.prompt)
+
+
+def _holds(interval: Json, value: float) -> bool:
+    if interval["low"] is None:
+        return bool(interval["value"] == value)
+    return bool(interval["low"] <= value <= interval["high"])
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _mean(row: Tensor) -> float | None:
+    known = row[~row.isnan()]
+    return float(known.mean()) if len(known) else None
+
+
+def _value(point: Json) -> float | None:
+    return None if point is None else point["value"]

@@ -1,0 +1,157 @@
+"""What a steered model thinks of given answers: likelihoods and divergences, many arms at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsteer.data.tokens import Encoded
+from dsteer.models.anatomy import Anatomy
+from dsteer.models.load import Model
+from dsteer.models.readout import Readout
+from dsteer.progress import SILENT, Reporter
+from dsteer.steering.arms import Steering, steered_states
+
+LOGIT_BYTES = 2**26
+"""Memory that one chunk of float32 logits may take."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model's own predictions of the tokens of some answers.
+
+    Attributes:
+        states: its final_norm states, one tensor (tokens, d) an answer, float32, on the CPU.
+        readout: its head.
+    """
+
+    states: tuple[Float[Tensor, "t d"], ...]
+    readout: Readout
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Answers under arms; sums over the tokens of each answer, in nats, float64.
+
+    p is the target's distribution of the next token, q the steered model's.
+
+    Attributes:
+        log_likelihood: Σ ln q(token).
+        kl: Σ KL(p‖q) = Σ (q − p + p (ln p − ln q)), whose terms are not negative and whose rounding
+            errors cancel where p and q are close.
+        kl_reverse: Σ KL(q‖p).
+        kl_first: KL(p‖q) of the first token alone.
+        agreement: how many tokens have the same most likely one under p and q.
+        tokens: tokens of each answer.
+    """
+
+    log_likelihood: Float[Tensor, "a n"]
+    kl: Float[Tensor, "a n"]
+    kl_reverse: Float[Tensor, "a n"]
+    kl_first: Float[Tensor, "a n"]
+    agreement: Float[Tensor, "a n"]
+    tokens: Int[Tensor, " n"]
+
+    def of(self, texts: slice) -> Scores:
+        """The scores of some of the answers."""
+        values = {name: value[..., texts] for name, value in vars(self).items()}
+        return Scores(**values)
+
+
+def predictions(model: Model, texts: Sequence[Encoded], readout: Readout) -> Predictions:
+    """Read a model's predictions of the answers' tokens.
+
+    Args:
+        model: a causal language model.
+        texts: prompts with answers.
+        readout: its head, cut to the vocabulary that is compared.
+    """
+    found: dict[int, Tensor] = {}
+    for numbers, states in steered_states(model, texts, Steering.none(Anatomy.of(model).width)):
+        lengths = [_answer(texts[number]) for number in numbers]
+        parts = torch.split(states[0].float().cpu(), lengths)
+        found |= dict(zip(numbers, parts, strict=True))
+    return Predictions(tuple(found[number] for number in range(len(texts))), readout)
+
+
+def score(
+    model: Model,
+    texts: Sequence[Encoded],
+    steering: Steering,
+    readout: Readout,
+    target: Predictions,
+    *,
+    reporter: Reporter = SILENT,
+    label: str = "teacher-forced",
+) -> Scores:
+    """Score every answer under every arm against the target's predictions.
+
+    Args:
+        model: the model that is steered.
+        texts: prompts with answers.
+        steering: the arms.
+        readout: the model's head, with the target's vocabulary.
+        target: what the other model predicts of the same texts.
+        reporter: shows progress.
+        label: what progress is called.
+    """
+    shape = (len(steering.arms), len(texts))
+    names = ("log_likelihood", "kl", "kl_reverse", "kl_first", "agreement")
+    sums = {name: torch.zeros(shape, dtype=torch.float64) for name in names}
+    step = max(1, LOGIT_BYTES // (4 * len(readout.weight)))
+    with reporter.bar(label, len(texts), unit="answers") as advance:
+        for numbers, states in steered_states(model, texts, steering):
+            lengths = [_answer(texts[number]) for number in numbers]
+            aims = torch.cat([target.states[number] for number in numbers])
+            tokens = [token for n in numbers for token in texts[n].ids[texts[n].prompt_length :]]
+            ids = torch.tensor(tokens, device=readout.weight.device)
+            rows = torch.tensor([row for row, length in enumerate(lengths) for _ in range(length)])
+            values = torch.zeros(len(names), len(steering.arms), len(tokens), dtype=torch.float64)
+            columns = max(1, step // len(steering.arms))
+            for start in range(0, len(tokens), columns):
+                stop = min(start + columns, len(tokens))
+                part = _compare(readout(states[:, start:stop]), target.readout(aims[start:stop]))
+                taken = part.log_q.gather(
+                    -1, ids[start:stop].expand(len(steering.arms), -1)[..., None]
+                )[..., 0]
+                stacked = torch.stack([taken, part.kl, part.kl_reverse, part.kl, part.same])
+                values[:, :, start:stop] = stacked.double().cpu()
+            place = torch.tensor(numbers)
+            for name, value in zip(names, values, strict=True):
+                if name == "kl_first":
+                    firsts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+                    sums[name][:, place] = value[:, firsts]
+                else:
+                    total = torch.zeros(shape[0], len(numbers), dtype=torch.float64)
+                    sums[name][:, place] = total.index_add_(1, rows, value)
+            advance(len(numbers))
+    return Scores(**sums, tokens=torch.tensor([_answer(item) for item in texts]))
+
+
+@dataclass(frozen=True)
+class _Compared:
+    log_q: Float[Tensor, "a t v"]
+    kl: Float[Tensor, "a t"]
+    kl_reverse: Float[Tensor, "a t"]
+    same: Float[Tensor, "a t"]
+
+
+def _compare(steered: Float[Tensor, "a t v"], aim: Float[Tensor, "t v"]) -> _Compared:
+    log_p, log_q = aim.log_softmax(-1), steered.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    gap = log_p - log_q
+    mass = q.sum(-1) - p.sum(-1)
+    return _Compared(
+        log_q,
+        ((p * gap).sum(-1) + mass).clamp_min(0),
+        (-(q * gap).sum(-1) - mass).clamp_min(0),
+        (steered.argmax(-1) == aim.argmax(-1)).float(),
+    )
+
+
+def _answer(item: Encoded) -> int:
+    return len(item.ids) - item.prompt_length

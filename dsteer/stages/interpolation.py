@@ -1,0 +1,27 @@
+"""Add λv* to the base, and measure what it does against the tuned model."""
+
+from __future__ import annotations
+
+from dsteer.behaviour.dial import Study
+from dsteer.config import InterpolationConfig
+from dsteer.report.figures import draw_result
+from dsteer.stages import StageContext
+from dsteer.store import Json
+
+
+def run(context: StageContext) -> Json:
+    """Sweep the strength; write ``explorer.json`` and ``generations.jsonl``."""
+    study = Study.of(
+        context.config,
+        context.config.interpolation or InterpolationConfig(),
+        "base",
+        {name: context.input(name) for name in ("data", "activations", "vector")}
+        | {name: path for name, path in context.inputs.items() if name == "geometry"},
+        (context.base_path, context.tuned_path),
+        context.folder,
+        context.seed,
+        context.reporter,
+    )
+    result = study.run()
+    draw_result("interpolation", result, context.folder)
+    return result
