@@ -45,6 +45,7 @@ schema: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/spectrum.py
 	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/sweep.py
 
 wheel-check:
 	bash .ci/wheel

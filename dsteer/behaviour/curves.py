@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dsteer.behaviour.metrics import GENERATED, TEACHER_FORCED, Metric, oracle_metric
+from dsteer.data.synthetic import AXES
 from dsteer.geometry.intervals import (
     Interval,
     bootstrap_mean,
@@ -17,6 +21,7 @@ from dsteer.geometry.intervals import (
     cluster_sums,
     percentiles,
 )
+from dsteer.store import Json
 
 
 class Curves:
@@ -59,13 +64,17 @@ class Curves:
         strengths: Sequence[float],
         values: Float[Tensor, "s n"],
         level: Float[Tensor, " n"],
+        below: Float[Tensor, "s n"] | None = None,
+        level_below: Float[Tensor, " n"] | None = None,
     ) -> tuple[Interval | None, str | None]:
-        """The λ above 0 at which a mean first crosses the target's mean, between grid points.
+        """The λ from 0 on at which a mean first crosses the target's mean, between grid points.
 
         Args:
             strengths: rising, with 0.
             values: the metric of each prompt at each strength; NaN where undefined.
             level: that of the target.
+            below: denominators of the values, where the metric is a ratio of sums.
+            level_below: those of the target, likewise.
 
         Returns:
             The crossing with its interval, or None and why. The interval holds the draws that
@@ -75,7 +84,10 @@ class Curves:
         grid = np.array(strengths[start:], dtype=np.float64)
         columns = torch.cat([values[start:], level[None]]).T.double()  # (n, s + 1)
         known = ~columns.isnan()
-        both = torch.cat([columns.nan_to_num(0.0), known.double()], dim=1).numpy()
+        weights = known.double()
+        if below is not None and level_below is not None:
+            weights = torch.cat([below[start:], level_below[None]]).T.double().masked_fill(~known, 0)
+        both = torch.cat([columns.nan_to_num(0.0), weights], dim=1).numpy()
         sums = cluster_sums(both, self.clusters)
         drawn = np.concatenate(
             [sums.sum(axis=0)[None], bootstrap_sums(sums, self.draws, self.seed)]
@@ -87,6 +99,12 @@ class Curves:
         if np.isnan(found[0]):
             if not np.isfinite(gaps[0][0]):
                 return None, "the metric is undefined at λ = 0 or for the target"
+            if not np.isfinite(gaps[0]).all():
+                gone = grid[~np.isfinite(gaps[0])][0]
+                return None, (
+                    f"the metric is undefined at λ = {gone:g}, and the curve does not reach the "
+                    "target's level before"
+                )
             return None, f"the curve does not reach the target's level up to λ = {grid[-1]:g}"
         inside = found[1:][np.isfinite(found[1:])]
         if len(inside) < 0.9 * self.draws:
@@ -130,3 +148,153 @@ def band(
         high.append(float(ends[1]))
         mean.append(float(known.mean()))
     return low, high, mean
+
+
+@dataclass
+class Entry:
+    """The values of one metric.
+
+    Attributes:
+        metric: what it is.
+        source: ``teacher_forced`` or ``generated``.
+        clusters: conversation of each prompt or pair.
+        values: (strengths, prompts) of each arm; NaN where left out.
+        below: weights, so that a curve is Σ values / Σ below; absent: a mean.
+        worst: values with degenerate outputs as the worst there is, where there is a worst.
+        random: of each random direction, one number a strength.
+        random_n: prompts behind these.
+        target: the target's own values, and its weights.
+        level: the target's level where it is known without measuring.
+        transform: applied to ratios and their intervals.
+    """
+
+    metric: Metric
+    source: str
+    clusters: list[str]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    below: dict[str, Tensor] = field(default_factory=dict)
+    worst: dict[str, Tensor] = field(default_factory=dict)
+    random: list[np.ndarray] = field(default_factory=list)
+    random_n: int = 0
+    target: Tensor | None = None
+    target_below: Tensor | None = None
+    level: float | None = None
+    transform: Callable[[float], float] = float
+
+
+class Ledger:
+    """The values of all metrics of a sweep, and their description.
+
+    Args:
+        strengths: rising, with 0.
+        draws: bootstrap draws.
+        confidence: coverage asked for.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self, strengths: Sequence[float], draws: int, confidence: float, seed: int
+    ) -> None:
+        self.strengths = list(strengths)
+        self.entries: dict[str, Entry] = {}
+        self._settings = (draws, confidence, seed)
+
+    def entry(self, name: str, source: str, clusters: list[str]) -> Entry:
+        """The entry of a metric, made on first use."""
+        if name not in self.entries:
+            known = {**TEACHER_FORCED, **GENERATED}
+            if name in known:
+                metric = known[name]
+            else:
+                axis = next(axis for axis in AXES if f"oracle_{axis.name}" == name)
+                metric = oracle_metric(axis.name, axis.poles)
+            self.entries[name] = Entry(metric, source, clusters)
+        return self.entries[name]
+
+    def described(self) -> dict[str, Json]:
+        """Every metric with its intervals, in the order in which reports show them."""
+        order = [*TEACHER_FORCED, *GENERATED, *(f"oracle_{axis.name}" for axis in AXES)]
+        return {name: self._describe(self.entries[name]) for name in order if name in self.entries}
+
+    def _describe(self, entry: Entry) -> Json:
+        curves = Curves(entry.clusters, *self._settings)
+
+        def interval(values: Tensor, below: Tensor | None) -> Json:
+            if below is None:
+                found = curves.mean(values)
+            else:
+                found = curves.ratio(values.nan_to_num(0.0), below)
+            if found is None:
+                return None
+            ends = {"value": found.value, "low": found.low, "high": found.high}
+            shown = {end: None if x is None else entry.transform(x) for end, x in ends.items()}
+            return {**shown, "n": found.n}
+
+        rows = {
+            arm: [
+                interval(row, entry.below[arm][i] if arm in entry.below else None)
+                for i, row in enumerate(values)
+            ]
+            for arm, values in entry.values.items()
+        }
+        begin = rows["v"][self.strengths.index(0.0)]
+        target: Json = None
+        if entry.level is not None:
+            target = {"value": entry.level, "low": entry.level, "high": entry.level, "n": 0}
+        elif entry.target is not None:
+            target = interval(entry.target, entry.target_below)
+        random: Json = None
+        if entry.random:
+            low, high, mean = band(np.stack(entry.random))
+            random = {
+                "low": low, "high": high, "mean": mean,
+                "draws": len(entry.random), "n": entry.random_n,
+            }  # fmt: skip
+        worst = entry.worst.get("v")
+        return {
+            "label": entry.metric.label,
+            "unit": entry.metric.unit,
+            "better": entry.metric.better,
+            "definition": entry.metric.definition,
+            "source": entry.source,
+            "split": "test",
+            "n": len(entry.clusters),
+            "curves": rows,
+            "random": random,
+            "start": begin,
+            "target": target,
+            "crossing": self._crossing(entry, curves, begin, target),
+            "worst": None if worst is None else [_mean(row) for row in worst],
+        }
+
+    def _crossing(self, entry: Entry, curves: Curves, begin: Json, target: Json) -> Json:
+        """The λ-equivalent, or why there is none."""
+        if entry.level is not None:
+            return {"strength": None, "why": "the target's level is the end of the scale"}
+        if entry.target is None or target is None or begin is None:
+            return {"strength": None, "why": "the metric is undefined at λ = 0 or for the target"}
+        if _holds(begin, target["value"]):
+            return {"strength": None, "why": "the start's interval holds the target's level"}
+        values, level = entry.values["v"], entry.target
+        if "v" in entry.below and entry.target_below is not None:
+            # a mean of ratios in place of the ratio of sums: equal weights a text
+            values = values / entry.below["v"]
+            level = level / entry.target_below
+        found, why = curves.crossing(self.strengths, values, level)
+        return {"strength": None if found is None else found.json(), "why": why}
+
+
+def exponential(value: float) -> float:
+    """e^value; the largest float where that is out of range."""
+    return math.exp(value) if value < 709 else float(np.finfo(np.float64).max)
+
+
+def _holds(interval: Json, value: float) -> bool:
+    if interval["low"] is None:
+        return bool(interval["value"] == value)
+    return bool(interval["low"] <= value <= interval["high"])
+
+
+def _mean(row: Tensor) -> float | None:
+    known = row[~row.isnan()]
+    return float(known.mean()) if len(known) else None

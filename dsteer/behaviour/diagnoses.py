@@ -58,20 +58,21 @@ def _too_far(
     first = next((i for i in above if degenerate[i] >= COLLAPSED), None)
     if first is not None:
         said.append(
-            f"Over-steering: from λ = {strengths[first]:g} on at least half of the texts are "
-            f"degenerate ({degenerate[first]:.0%} there)."
+            f"Over-steering: λ = {strengths[first]:g} is the first from 0 on at which at least "
+            f"half of the texts are degenerate ({degenerate[first]:.0%})."
         )
     for key in ("rouge_l_reference", "rouge_l_target"):
         points, begin = metrics.get(key, {}).get("worst"), metrics.get(key, {}).get("start")
         if points is None or begin is None or begin["low"] is None:
             continue
-        below = (i for i in above if points[i] is not None and points[i] < begin["low"])
-        falls = next(below, None)
+        clean = points[list(strengths).index(0.0)]
+        least = clean - (begin["value"] - begin["low"])
+        falls = next((i for i in above if points[i] is not None and points[i] < least), None)
         if falls is not None:
             said.append(
-                f"Overlap falls: {metrics[key]['label']}, with degenerate texts as 0, is below the "
-                f"start's interval from λ = {strengths[falls]:g} on ({points[falls]:.3f} against "
-                f"{begin['value']:.3f})."
+                f"Overlap falls: {metrics[key]['label']}, with degenerate texts as 0, is at λ = "
+                f"{strengths[falls]:g} first further below its value at λ = 0 than that one's "
+                f"interval reaches ({points[falls]:.3f} against {clean:.3f})."
             )
             break
     return said
@@ -113,7 +114,8 @@ def _like_random(strengths: Sequence[float], metrics: Mapping[str, Json]) -> lis
         point = metrics.get(key, {}).get("curves", {}).get("v", [None] * len(strengths))[at]
         if random is None or point is None or random["low"][at] is None:
             continue
-        if random["low"][at] <= point["value"] <= random["high"][at]:
+        low = -np.inf if key == "kl_recovered" else random["low"][at]
+        if low <= point["value"] <= random["high"][at]:
             inside.append(metrics[key]["label"])
     if not inside:
         return []
@@ -141,9 +143,10 @@ def _direction(strengths: Sequence[float], metrics: Mapping[str, Json]) -> list[
         values = [value for value in within if value is not None]
         if len(values) < max(3, len(within)) or not change(name):
             continue
-        if bool((np.diff(values) * np.sign(change(name)) >= 0).all()):
+        steps = np.diff(values) * np.sign(change(name))
+        if (steps >= 0).all() and (steps > 0).any():
             said.append(
-                f"{label} goes towards the target at every step from λ = 0 to 1: "
+                f"{label} moves the target's way from λ = 0 to 1 and never back: "
                 f"{values[0]:.3f} to {values[-1]:.3f}; the target has "
                 f"{metrics[name]['target']['value']:.3f}."
             )

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.resources import files
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,32 +18,23 @@ from torch import Tensor
 
 from dsteer.activations.extract import PairedActivations
 from dsteer.activations.sites import FINAL_NORM, resolve_sites
-from dsteer.behaviour.classifier import Classifier
-from dsteer.behaviour.curves import Curves, band
+from dsteer.behaviour.curves import Ledger, exponential
 from dsteer.behaviour.diagnoses import diagnose
-from dsteer.behaviour.external_reward import external_reward
-from dsteer.behaviour.judge import Judge, abstentions
 from dsteer.behaviour.metrics import (
-    GENERATED,
-    TEACHER_FORCED,
     Generated,
-    Metric,
-    Values,
     numbers,
-    oracle_metric,
     text_metrics,
 )
+from dsteer.behaviour.outside import Outside
 from dsteer.behaviour.perplexity import surprises
-from dsteer.behaviour.refusal import MEASURED_LIMITS, refusal
+from dsteer.behaviour.refusal import MEASURED_LIMITS
+from dsteer.behaviour.samples import sample_prompts, shown
 from dsteer.behaviour.strengths import LiveRange, grid, live_range
 from dsteer.behaviour.teacher_forced import Predictions, Scores, predictions, score
-from dsteer.behaviour.toxicity import load_toxicity
 from dsteer.behaviour.truthfulqa import multiple_choice, read_questions
 from dsteer.behaviour.validity import screen
 from dsteer.config import BehaviourConfig, PipelineConfig, SweepConfig, SyntheticSource
 from dsteer.data.jsonl import read_pairs
-from dsteer.data.sources import load_preferences
-from dsteer.data.synthetic import AXES
 from dsteer.data.tokens import Encoded, encode
 from dsteer.data.types import PreferencePair
 from dsteer.errors import DataError, MeasurementError
@@ -228,23 +218,6 @@ class _Answers:
         return _Answers([*self.texts[:n], *rejected], n, self.clusters[:n])
 
 
-@dataclass
-class _Curve:
-    """One metric's values: a row an arm's strength, a column a prompt or pair."""
-
-    metric: Metric
-    source: str
-    clusters: list[str]
-    values: dict[str, Tensor] = field(default_factory=dict)
-    below: dict[str, Tensor] = field(default_factory=dict)  # denominators; none: ones
-    random: list[np.ndarray] = field(default_factory=list)  # one a draw: a number a strength
-    random_n: int = 0
-    target: Values | None = None
-    target_below: Values | None = None
-    level: float | None = None  # where the target's level is known without measuring
-    transform: Callable[[float], float] = float
-
-
 class _Run:
     """One sweep, from the choice of the site to the result."""
 
@@ -261,8 +234,8 @@ class _Run:
         self.readouts: dict[Which, Readout] = {}
         self.absent: list[tuple[str, str]] = []
         self.notes: list[str] = [*study.pair.notes]
-        self.curves: dict[str, _Curve] = {}
         self.prompts = list(study.test[: study.config.prompts])
+        self.prompt_clusters = [pair.conversation for pair in self.prompts]
         self.encoded = self._encode(self.prompts)
         self.decoder_note: str | None = None
         self.fast = True
@@ -357,7 +330,9 @@ class _Run:
             )
         live, strengths = self._strengths(v)
         self.strengths = strengths
-        self._curves_over(test)
+        self.ledger = Ledger(
+            strengths, config.bootstrap, config.confidence, study.seed("bootstrap")
+        )
         arms = self._arms(site)
         draws = self._random_directions(v)
         self._teacher_forced(test, aims, arms, draws)
@@ -367,7 +342,7 @@ class _Run:
         self._perplexity(written)
         self._outside(written)
         self._truthfulqa(arms)
-        metrics = self._described()
+        metrics = self.ledger.described()
         texts = self._text_counts(written)
         diagnoses = diagnose(
             start, site, strengths, metrics, texts["degenerate"], study.held_out_cosine(site)
@@ -557,17 +532,6 @@ class _Run:
 
     # ------------------------------------------------------------------ teacher forcing
 
-    def _curves_over(self, test: _Answers) -> None:
-        self.pair_curves = Curves(
-            test.clusters, self.config.bootstrap, self.config.confidence, self.study.seed("pairs")
-        )
-        self.prompt_curves = Curves(
-            [pair.conversation for pair in self.prompts],
-            self.config.bootstrap,
-            self.config.confidence,
-            self.study.seed("prompts"),
-        )
-
     def _teacher_forced(
         self,
         test: _Answers,
@@ -607,13 +571,15 @@ class _Run:
         if test.both:
             reference = self._reference(found["v"], zero, own)
             for name, values in _rewards(own[None], reference, test, study.beta).items():
-                self.curves[name].target = values[0]
+                self.ledger.entries[name].target = values[0]
         else:
             for name in ("reward_margin", "preference_match"):
                 self.absent.append((name, "the test pairs have no rejected answers"))
-        self.curves["kl_recovered"].level = self.curves["kl_recovered_reverse"].level = 1.0
-        self.curves["kl_first_token"].level = 0.0
-        self.curves["top1_agreement"].level = 1.0
+        self.ledger.entries["kl_recovered"].level = self.ledger.entries[
+            "kl_recovered_reverse"
+        ].level = 1.0
+        self.ledger.entries["kl_first_token"].level = 0.0
+        self.ledger.entries["top1_agreement"].level = 1.0
         self._put_random(random, few, zero, own[index], len(draws))
 
     def _put(
@@ -632,13 +598,13 @@ class _Run:
             ("kl_recovered", mine.kl, mine.kl[zero]),
             ("kl_recovered_reverse", mine.kl_reverse, mine.kl_reverse[zero]),
         ):
-            curve = self._curve(key, "teacher_forced", test.clusters)
+            curve = self.ledger.entry(key, "teacher_forced", test.clusters)
             nothing = float(before.sum()) <= NOTHING * float(tokens.sum())
             curve.values[name] = before - after
             curve.below[name] = (torch.zeros_like(before) if nothing else before).expand_as(after)
-        first = self._curve("kl_first_token", "teacher_forced", test.clusters)
+        first = self.ledger.entry("kl_first_token", "teacher_forced", test.clusters)
         first.values[name] = mine.kl_first
-        agreement = self._curve("top1_agreement", "teacher_forced", test.clusters)
+        agreement = self.ledger.entry("top1_agreement", "teacher_forced", test.clusters)
         agreement.values[name], agreement.below[name] = (
             mine.agreement,
             tokens.expand_as(mine.agreement),
@@ -646,7 +612,7 @@ class _Run:
         if test.both:
             rewards = _rewards(scores.log_likelihood, reference, test, self.study.beta)
             for key, values in rewards.items():
-                self._curve(key, "teacher_forced", test.clusters).values[name] = values
+                self.ledger.entry(key, "teacher_forced", test.clusters).values[name] = values
 
     def _reference(self, scores: Scores, zero: int, target: Tensor) -> Tensor:
         """The base's own log-likelihoods: the start's at λ = 0, or the target's."""
@@ -667,29 +633,18 @@ class _Run:
                 before = float(after[zero])
                 known = before > NOTHING * float(mine.tokens.sum())
                 value = 1 - after / before if known else torch.full_like(after, float("nan"))
-                self.curves[key].random.append(value.numpy())
-            self.curves["kl_first_token"].random.append(mine.kl_first[rows].mean(1).numpy())
+                self.ledger.entries[key].random.append(value.numpy())
+            self.ledger.entries["kl_first_token"].random.append(mine.kl_first[rows].mean(1).numpy())
             agreement = mine.agreement[rows].sum(1) / mine.tokens.sum()
-            self.curves["top1_agreement"].random.append(agreement.numpy())
+            self.ledger.entries["top1_agreement"].random.append(agreement.numpy())
             if few.both:
                 part = scores.log_likelihood[rows]
                 reference = part[zero] if self.study.start == "base" else target
                 rewards = _rewards(part, reference, few, self.study.beta)
                 for key, values in rewards.items():
-                    self.curves[key].random.append(values.mean(1).numpy())
-        for curve in self.curves.values():
+                    self.ledger.entries[key].random.append(values.mean(1).numpy())
+        for curve in self.ledger.entries.values():
             curve.random_n = size
-
-    def _curve(self, name: str, source: str, clusters: list[str]) -> _Curve:
-        if name not in self.curves:
-            known = {**TEACHER_FORCED, **GENERATED}
-            if name in known:
-                metric = known[name]
-            else:
-                axis = next(axis for axis in AXES if f"oracle_{axis.name}" == name)
-                metric = oracle_metric(axis.name, axis.poles)
-            self.curves[name] = _Curve(metric, source, clusters)
-        return self.curves[name]
 
     # ------------------------------------------------------------------ sham
 
@@ -758,40 +713,35 @@ class _Run:
             for key in ("bleu_reference", "rouge_l_reference"):
                 self.absent.append((key, "the test prompts have no reference answers"))
         for key in ("bleu_target", "rouge_l_target"):
-            self.curves[key].target = None  # a text against itself says nothing
+            self.ledger.entries[key].target = None  # a text against itself says nothing
         if not self.study.synthetic:
             self.absent.append(("oracles", "the prompts are not of the synthetic world"))
 
     def _put_texts(self, key: str, name: str, values: Tensor, below: Tensor | None = None) -> None:
-        """Values (strengths, prompts) of an arm, a random direction or the target."""
-        curve = self._curve(key, "generated", self.prompt_curves.clusters)
-        if name == "target":
-            curve.target = values[0]
-            curve.target_below = None if below is None else below[0]
-        elif name.startswith("random-"):
-            kept = self._kept(key, values, name)
-            weights = torch.ones_like(kept) if below is None else below
-            known = ~kept.isnan()
-            above = kept.nan_to_num(0.0).sum(1)
-            total = torch.where(known, weights, 0.0).sum(1)
-            mean = torch.where(total > 0, above / total, float("nan"))
-            curve.random.append(np.array([curve.transform(x) for x in mean.tolist()]))
-            curve.random_n = values.shape[1]
-        else:
-            curve.values[name] = values
-            if below is not None:
-                curve.below[name] = below
+        """Values (strengths, prompts) of an arm, a random direction or the target.
 
-    def _kept(self, key: str, values: Tensor, name: str) -> Tensor:
-        """Values with degenerate outputs left out, but where they are what is counted."""
-        if key in ("degenerate", "length"):
-            return values
-        collapsed = self.collapsed[name]
-        return values.masked_fill(collapsed, float("nan"))
+        Degenerate outputs are left out, but where they are what is counted.
+        """
+        entry = self.ledger.entry(key, "generated", self.prompt_clusters)
+        kept = values
+        if key not in ("degenerate", "length"):
+            kept = values.masked_fill(self.collapsed[name], float("nan"))
+        weights = torch.ones_like(kept) if below is None else below
+        weights = torch.where(kept.isnan(), 0.0, weights)
+        if name == "target":
+            entry.target, entry.target_below = kept[0], weights[0]
+        elif name.startswith("random-"):
+            means = kept.nan_to_num(0.0).sum(1) / weights.sum(1)  # 0/0: NaN
+            entry.random.append(np.array([entry.transform(x) for x in means.tolist()]))
+            entry.random_n = values.shape[1]
+        else:
+            entry.values[name], entry.below[name] = kept, weights
+            if entry.metric.worst is not None:
+                entry.worst[name] = values.masked_fill(self.collapsed[name], entry.metric.worst)
 
     def _perplexity(self, written: Mapping[str, list[Generated]]) -> None:
         """Of the texts under the base, over all tokens."""
-        self._curve("perplexity", "generated", self.prompt_curves.clusters).transform = _exp
+        self.ledger.entry("perplexity", "generated", self.prompt_clusters).transform = exponential
         with self.pair.using("base") as model, evaluating(model):
             with self.reporter.bar("perplexity", len(written), unit="arms") as advance:
                 for name, series in written.items():
@@ -811,56 +761,18 @@ class _Run:
     # ------------------------------------------------------------------ from outside
 
     def _outside(self, written: Mapping[str, list[Generated]]) -> None:
-        """Reward model, toxicity and judge: what is configured; the rest is absent, with why."""
-        behaviour, device = self.study.behaviour, self.study.device
+        """Reward model, toxicity and judge, where they are configured."""
+        study = self.study
         prompts = [pair.prompt for pair in self.prompts]
-
-        def fill(key: str, values: Callable[[Sequence[str]], list[float | None]]) -> None:
+        outside = Outside(study.behaviour, prompts, study.device, self.reporter)
+        self.absent += outside.absent
+        for key, values in outside.scores.items():
             with self.reporter.bar(key, len(written), unit="arms") as advance:
                 for name, series in written.items():
                     rows = [numbers(values(item.texts)) for item in series]
                     self._put_texts(key, name, torch.stack(rows))
                     advance(1)
-
-        if behaviour.reward_model is None:
-            self.absent.append(("external_reward", "behaviour.reward_model is not configured"))
-        else:
-            reward = external_reward(Classifier.load(behaviour.reward_model, device=device))
-            fill(
-                "external_reward",
-                lambda texts: [
-                    item.value for item in reward(list(zip(prompts, texts, strict=True)))
-                ],
-            )
-        if behaviour.toxicity is None:
-            self.absent.append(("toxicity", "behaviour.toxicity is not configured"))
-        else:
-            toxicity = load_toxicity(behaviour.toxicity, device=device, reporter=self.reporter)
-            fill("toxicity", lambda texts: [item.value for item in toxicity(texts)])
-        if behaviour.judge is None:
-            self.absent.append(("judge", "behaviour.judge is not configured"))
-            self.absent.append(("refusal_judge", "behaviour.judge is not configured"))
-            return
-        judge = Judge(behaviour.judge, reporter=self.reporter)
-        silent: dict[str, int] = {}
-
-        def judged(texts: Sequence[str]) -> list[float | None]:
-            verdicts = judge.scores(list(zip(prompts, texts, strict=True)))
-            for reason, count in abstentions(verdicts).items():
-                silent[reason] = silent.get(reason, 0) + count
-            return [item.value for item in verdicts]
-
-        fill("judge", judged)
-        if behaviour.judge.refusal:
-            fill(
-                "refusal_judge",
-                lambda texts: [
-                    item.value for item in judge.refusals(list(zip(prompts, texts, strict=True)))
-                ],
-            )
-        else:
-            self.absent.append(("refusal_judge", "behaviour.judge.refusal is false"))
-        for reason, count in silent.items():
+        for reason, count in outside.silent.items():
             self.notes.append(f"The judge abstained on {count} texts: {reason}.")
 
     def _truthfulqa(self, arms: Mapping[str, _Named]) -> None:
@@ -901,103 +813,10 @@ class _Run:
         for key, values, level in zip(
             ("truthfulqa_mc1", "truthfulqa_mc2"), steered, own, strict=True
         ):
-            curve = self._curve(key, "teacher_forced", clusters)
+            curve = self.ledger.entry(key, "teacher_forced", clusters)
             curve.values["v"], curve.target = values, level[0]
 
     # ------------------------------------------------------------------ description
-
-    def _described(self) -> dict[str, Json]:
-        order = [*TEACHER_FORCED, *GENERATED, *(f"oracle_{axis.name}" for axis in AXES)]
-        return {
-            name: self._describe(name, self.curves[name]) for name in order if name in self.curves
-        }
-
-    def _describe(self, name: str, curve: _Curve) -> Json:
-        curves = Curves(
-            curve.clusters,
-            self.config.bootstrap,
-            self.config.confidence,
-            self.study.seed("bootstrap"),
-        )
-        generated = curve.source == "generated"
-        zero = self.strengths.index(0.0)
-
-        def interval(values: Tensor, below: Tensor | None) -> Json:
-            if below is None:
-                found = curves.mean(values)
-            else:
-                known = ~values.isnan()
-                found = curves.ratio(values.nan_to_num(0.0), torch.where(known, below, 0.0))
-            if found is None:
-                return None
-            shown = {
-                end: None if value is None else curve.transform(value)
-                for end, value in (("value", found.value), ("low", found.low), ("high", found.high))
-            }
-            return {**shown, "n": found.n}
-
-        rows: dict[str, list[Json]] = {}
-        kept: dict[str, Tensor] = {}
-        for arm, values in curve.values.items():
-            kept[arm] = self._kept(name, values, arm) if generated else values
-            below = curve.below.get(arm)
-            rows[arm] = [
-                interval(row, None if below is None else below[i])
-                for i, row in enumerate(kept[arm])
-            ]
-        target: Json = None
-        if curve.level is not None:
-            target = {"value": curve.level, "low": curve.level, "high": curve.level, "n": 0}
-        elif curve.target is not None:
-            aim = self._kept(name, curve.target[None], "target")[0] if generated else curve.target
-            target = interval(aim, curve.target_below)
-        crossing: Json = {"strength": None, "why": "the target's level is the end of the scale"}
-        begin = rows["v"][zero]
-        if curve.target is not None and curve.level is None:
-            found, why = self._crossing(curve, curves, kept["v"])
-            if target is not None and begin is not None and _holds(begin, target["value"]):
-                found, why = None, "the start's interval holds the target's level already"
-            crossing = {"strength": None if found is None else found.json(), "why": why}
-        elif curve.level is None:
-            crossing["why"] = "the target has no level of its own"
-        random: Json = None
-        if curve.random:
-            low, high, mean = band(np.stack(curve.random))
-            random = {
-                "low": low, "high": high, "mean": mean,
-                "draws": len(curve.random), "n": curve.random_n,
-            }  # fmt: skip
-        worst: Json = None
-        if generated and curve.metric.worst is not None and "v" in curve.values:
-            collapsed = self.collapsed["v"]
-            scored = curve.values["v"].masked_fill(collapsed, curve.metric.worst)
-            worst = [_mean(row) for row in scored]
-        return {
-            "label": curve.metric.label,
-            "unit": curve.metric.unit,
-            "better": curve.metric.better,
-            "definition": curve.metric.definition,
-            "source": curve.source,
-            "split": "test",
-            "n": len(curve.clusters),
-            "curves": rows,
-            "random": random,
-            "start": begin,
-            "target": target,
-            "crossing": crossing,
-            "worst": worst,
-        }
-
-    def _crossing(self, curve: _Curve, curves: Curves, values: Tensor) -> tuple[Json, str | None]:
-        below = curve.below.get("v")
-        if below is None or curve.target is None or curve.target_below is None:
-            assert curve.target is not None
-            aim = curve.target
-            if curve.source == "generated" and curve.metric.label != "length":
-                aim = self._kept("", aim[None], "target")[0]
-            return curves.crossing(self.strengths, values, aim)
-        # a ratio of sums (perplexity): cross in nats a token, weights as they are
-        return curves.crossing(self.strengths, values / below, curve.target / curve.target_below)
 
     def _text_counts(self, written: Mapping[str, list[Generated]]) -> Json:
         kinds = {kind: [] for kind in ("empty", "loop", "role_header")}  # type: dict[str, list[int]]
@@ -1071,35 +890,16 @@ class _Run:
             steered = [item.texts[:count] for item in written["v"]]
             aim = written["target"][0].texts[:count]
         else:
-            pairs, source = _samples(kind, count)
-            encoded = self._encode(pairs)
-            made = self._decode(
-                study.start, encoded, self._steering(v, self.strengths), "texts, samples",
-                "samples",
-            )  # fmt: skip
-            steered = [list(texts) for texts in made.texts]
-            own = self._decode(study.target, encoded, None, "texts, samples", "samples-target")
-            aim = list(own.texts[0])
-        zero = self.strengths.index(0.0)
-
-        def shown(text: str) -> Json:
-            return {
-                "text": text.strip(), "refusal": refusal(text) is not None,
-                "degenerate": screen(text),
-            }  # fmt: skip
-
-        prompts = []
-        for number, pair in enumerate(pairs):
-            ends = {study.start: steered[zero][number], study.target: aim[number]}
-            prompts.append(
-                {
-                    "prompt": _as_text(pair),
-                    "reference": None if pair.chosen is None else pair.chosen.strip(),
-                    "base": shown(ends["base"]),
-                    "tuned": shown(ends["tuned"]),
-                    "steered": [shown(texts[number]) for texts in steered],
-                }
-            )
+            pairs, source = sample_prompts(kind, count)
+            encoded, label = self._encode(pairs), "texts, samples"
+            steering = self._steering(v, self.strengths)
+            made = self._decode(study.start, encoded, steering, label, "samples")
+            steered = list(made.texts)
+            aim = self._decode(study.target, encoded, None, label, "samples-target").texts[0]
+        ends: dict[str, Sequence[str]] = {
+            study.start: steered[self.strengths.index(0.0)],
+            study.target: aim,
+        }
         return {
             "start": study.start,
             "target": study.target,
@@ -1108,7 +908,7 @@ class _Run:
             "site": v.site,
             "strengths": list(self.strengths),
             "source": source,
-            "prompts": prompts,
+            "prompts": shown(pairs, steered, ends),
         }
 
 
@@ -1140,39 +940,6 @@ def _rewards(
     margins = rewards[:, : answers.pairs] - rewards[:, answers.pairs :]
     match = (margins > 0).double() + 0.5 * (margins == 0).double()
     return {"reward_margin": margins, "preference_match": match}
-
-
-def _samples(kind: str, count: int) -> tuple[list[PreferencePair], str]:
-    """Prompts of the λ explorer: the shipped list, or a file."""
-    if kind != "benign":
-        pairs = load_preferences(kind)[:count]
-        if not pairs:
-            raise DataError(f"samples {kind!r}: no prompts in it; expected one a line")
-        return pairs, Path(kind).name
-    text = (files("dsteer.data") / "benign_prompts.txt").read_text(encoding="utf-8")
-    prompts = [f"\n\nHuman: {line}\n\nAssistant:" for line in text.splitlines() if line]
-    return [PreferencePair(prompt) for prompt in prompts[:count]], "dsteer's benign prompts"
-
-
-def _as_text(pair: PreferencePair) -> str:
-    if isinstance(pair.prompt, str):
-        return pair.prompt.strip()
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in pair.prompt)
-
-
-def _holds(interval: Json, value: float) -> bool:
-    if interval["low"] is None:
-        return bool(interval["value"] == value)
-    return bool(interval["low"] <= value <= interval["high"])
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
-
-
-def _mean(row: Tensor) -> float | None:
-    known = row[~row.isnan()]
-    return float(known.mean()) if len(known) else None
 
 
 def _value(point: Json) -> float | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.style
 from matplotlib.figure import Figure
+from PIL import Image
 
 from dsteer.store import Json, atomic_path, write_json
 
@@ -108,7 +109,7 @@ class Drawing:
     data: dict[str, Json]
 
     def save(self, folder: Path) -> list[Path]:
-        """Write PDF, PNG (200 dpi) and JSON; the same drawing gives the same bytes."""
+        """Write PDF, PNG (200 dpi, 256 colours) and JSON; the same drawing gives the same bytes."""
         folder.mkdir(parents=True, exist_ok=True)
         written = []
         for suffix, metadata in (
@@ -118,7 +119,16 @@ class Drawing:
             path = folder / f"{self.name}.{suffix}"
             with atomic_path(path) as temporary:
                 self.figure.savefig(temporary, format=suffix, dpi=200, metadata=metadata)
+                if suffix == "png":
+                    _to_palette(temporary)
             written.append(path)
         path = folder / f"{self.name}.json"
         write_json(path, {"figure": self.name, **self.data})
         return [*written, path]
+
+
+def _to_palette(path: Path) -> None:
+    """Store a PNG with a palette: a third of the size, and no difference that an eye sees."""
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    small.save(path, format="PNG", optimize=True)

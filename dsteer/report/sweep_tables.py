@@ -239,21 +239,31 @@ def _texts(stage: str, sweep: dict[str, Json]) -> Table:
 
 
 def _sites(stage: str, sweep: dict[str, Json]) -> Table:
+    rows = mapping(sweep.get("sites"))
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in at(row, "kl_recovered")))
+    chosen = (sweep.get("site"), sweep.get("positions"))
     return Table(
         f"{stage}-sites",
-        "The choice of the site, on tune prompts at λ = 1.",
+        "The choice of site and positions, on tune prompts: share of KL recovered at λ = 1.",
         [
             Column("site", text=True),
-            Column("share of KL recovered", "1 − Σ KL(target‖steered) / Σ KL(target‖start)"),
             Column("‖v*‖", "norm of v* at the site (units of the state)"),
+            *(
+                Column(f"on {kind}", "1 − Σ KL(target‖steered) / Σ KL(target‖start)")
+                for kind in kinds
+            ),
         ],
         [
             [
-                f"{site} (chosen)" if site == sweep.get("site") else site,
-                number(point(at(row, "kl_recovered"))),
+                site,
                 number(point(at(row, "norm"))),
+                *(
+                    number(point(at(row, "kl_recovered", kind)))
+                    + (" (chosen)" if (site, kind) == chosen else "")
+                    for kind in kinds
+                ),
             ]
-            for site, row in mapping(sweep.get("sites")).items()
+            for site, row in rows.items()
         ],
     )
 

@@ -124,7 +124,7 @@ def test_equals_generate_one_strength_at_a_time(name: str) -> None:
     model, prompts = build(name), prompts_of(LENGTHS)
     groups = [[p] for p in prompts] if name in ONE_BY_ONE else [prompts]
     rows = [r for s in STRENGTHS for g in groups for r in generated(model, g, NEW, [1], strength=s)]
-    middle = next(row[i] for row in rows for i in range(3, NEW) if row[i] not in row[:i])
+    middle = next(row[i] for row in rows for i in range(3, len(row)) if row[i] not in row[:i])
     model.generation_config.eos_token_id = [middle, 1]
     differences, ties, ended = 0, 0, set()
     for positions in ("all", "generated"):
