@@ -14,7 +14,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["dsteer.geometry", "dsteer.activations", "dsteer.steering"], "beartype.beartype"
+    ["dsteer.geometry", "dsteer.activations", "dsteer.steering", "dsteer.behaviour"],
+    "beartype.beartype",
 )
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"

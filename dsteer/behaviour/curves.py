@@ -275,18 +275,19 @@ class Ledger:
             return {"strength": None, "why": "the metric is undefined at λ = 0 or for the target"}
         if _holds(begin, target["value"]):
             return {"strength": None, "why": "the start's interval holds the target's level"}
-        values, level = entry.values["v"], entry.target
-        if "v" in entry.below and entry.target_below is not None:
-            # a mean of ratios in place of the ratio of sums: equal weights a text
-            values = values / entry.below["v"]
-            level = level / entry.target_below
-        found, why = curves.crossing(self.strengths, values, level)
+        found, why = curves.crossing(
+            self.strengths,
+            entry.values["v"],
+            entry.target,
+            entry.below.get("v"),
+            entry.target_below,
+        )
         return {"strength": None if found is None else found.json(), "why": why}
 
 
 def exponential(value: float) -> float:
-    """e^value; the largest float where that is out of range."""
-    return math.exp(value) if value < 709 else float(np.finfo(np.float64).max)
+    """e^value; the largest float where that is out of range, NaN of NaN."""
+    return float(np.finfo(np.float64).max) if value > 709 else math.exp(value)
 
 
 def _holds(interval: Json, value: float) -> bool:

@@ -70,9 +70,9 @@ def _too_far(
         falls = next((i for i in above if points[i] is not None and points[i] < least), None)
         if falls is not None:
             said.append(
-                f"Overlap falls: {metrics[key]['label']}, with degenerate texts as 0, is at λ = "
-                f"{strengths[falls]:g} first further below its value at λ = 0 than that one's "
-                f"interval reaches ({points[falls]:.3f} against {clean:.3f})."
+                f"Overlap falls: {metrics[key]['label']}, with degenerate texts as 0, is "
+                f"{points[falls]:.3f} at λ = {strengths[falls]:g}, the first from 0 on that is "
+                f"below the reach of the start's interval ({clean:.3f} at λ = 0)."
             )
             break
     return said

@@ -95,9 +95,9 @@ def _side(collapse: float | None, count: int, limit: float) -> list[float]:
     end = limit if collapse is None else collapse
     within = count if collapse is None else count - 1
     values = np.geomspace(min(_SMALLEST * 2, end / 4), end, within)
+    step = max(1.25, end / values[-2])
     if values[0] < 1 < end:  # the nearest becomes 1, but never the end
         values[np.abs(np.log(values[:-1])).argmin()] = 1.0
-    step = max(1.25, end / values[-2])
     if collapse is not None:
         values = np.append(values, end * step)
     return _rounded(values)

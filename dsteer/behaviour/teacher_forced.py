@@ -29,7 +29,7 @@ class Predictions:
         readout: its head.
     """
 
-    states: tuple[Float[Tensor, "t d"], ...]
+    states: tuple[Float[Tensor, "_t d"], ...]
     readout: Readout
 
 
@@ -41,8 +41,8 @@ class Scores:
 
     Attributes:
         log_likelihood: Σ ln q(token).
-        kl: Σ KL(p‖q) = Σ (q − p + p (ln p − ln q)), whose terms are not negative and whose rounding
-            errors cancel where p and q are close.
+        kl: Σ KL(p‖q) = Σ (q − p + p (ln p − ln q)), whose terms are not negative; that of equal
+            predictions is below 1e-12 a token in spite of rounding.
         kl_reverse: Σ KL(q‖p).
         kl_first: KL(p‖q) of the first token alone.
         agreement: how many tokens have the same most likely one under p and q.
@@ -144,13 +144,20 @@ def _compare(steered: Float[Tensor, "a t v"], aim: Float[Tensor, "t v"]) -> _Com
     log_p, log_q = aim.log_softmax(-1), steered.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     gap = log_p - log_q
-    mass = q.sum(-1) - p.sum(-1)
     return _Compared(
         log_q,
-        ((p * gap).sum(-1) + mass).clamp_min(0),
-        (-(q * gap).sum(-1) - mass).clamp_min(0),
+        _divergence(p, q, gap),
+        _divergence(q, p, -gap),
         (steered.argmax(-1) == aim.argmax(-1)).float(),
     )
+
+
+def _divergence(
+    p: Float[Tensor, "... v"], q: Float[Tensor, "... v"], gap: Float[Tensor, "a t v"]
+) -> Float[Tensor, "a t"]:
+    """Σ (q − p + p gap) with gap = ln p − ln q; q − p = p (e^−gap − 1) where they are close."""
+    excess = torch.where(gap.abs() < 1, p * torch.expm1(-gap), q - p)
+    return (excess + p * gap).sum(-1).clamp_min(0)
 
 
 def _answer(item: Encoded) -> int:

@@ -78,7 +78,7 @@ class Real:
         labels = [
             (p[i].item(), values[s.strip()]) for i, s in pieces.items() if s.strip() in values
         ]
-        mass = sum(weight for weight, _ in labels)
+        mass = sum((weight for weight, _ in labels), 0.0)
         value = sum(weight * v for weight, v in labels) / mass if labels else None
         return Verdict(value, 1 - mass, None if labels else NO_LABEL)
 
@@ -160,7 +160,7 @@ def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with opener.open(url, timeout=5):
+            with opener.open(url, timeout=5.0):
                 return
         except OSError:
             time.sleep(0.1)
@@ -242,7 +242,7 @@ def test_more_alternatives_than_the_server_gives(real: Real) -> None:
 
 
 def forwarded(real: Real, request: Request) -> Reply:
-    answer = httpx2.post(real.url + request.path, json=request.body, trust_env=False, timeout=60)
+    answer = httpx2.post(real.url + request.path, json=request.body, trust_env=False, timeout=60.0)
     return Reply(answer.status_code, answer.json())
 
 

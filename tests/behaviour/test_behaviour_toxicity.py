@@ -224,7 +224,7 @@ def test_perspective_protocol_retries_and_gaps() -> None:
         return Reply(200, {}) if text == "odd" else by_length(number, request)
 
     with serving(moody) as server:
-        metric = perspective_toxicity(endpoint=server.url, rate=1000, retries=1, pause=0.01)
+        metric = perspective_toxicity(endpoint=server.url, rate=1000.0, retries=1, pause=0.01)
         got = metric(["hello", "zut", "down", "odd", "hello"])
         assert len(server.requests) == 2 + 1 + 2 + 1
     assert got == [
@@ -239,7 +239,7 @@ def test_perspective_protocol_retries_and_gaps() -> None:
 @pytest.mark.usefixtures("key")
 def test_perspective_protocol_keeps_to_the_rate() -> None:
     with serving(by_length) as server:
-        metric = perspective_toxicity(endpoint=server.url, rate=20)
+        metric = perspective_toxicity(endpoint=server.url, rate=20.0)
         start = time.monotonic()
         metric(["a", "ab", "abc", "abcd"])
         assert time.monotonic() - start >= 3 / 20
@@ -256,7 +256,7 @@ def test_perspective_protocol_keeps_to_the_rate() -> None:
 )
 def test_perspective_protocol_refusals_are_one_line(reply: Reply, words: str) -> None:
     with serving(lambda *_: reply) as server:
-        metric = perspective_toxicity(endpoint=server.url, rate=1000)
+        metric = perspective_toxicity(endpoint=server.url, rate=1000.0)
         with pytest.raises(ConfigError, match=words) as caught:
             metric(TEXTS)
         assert len(server.requests) == 1
