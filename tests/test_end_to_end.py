@@ -26,6 +26,15 @@ SHORT = (
     "dpo.eval_pairs=16", "dpo.checkpoint_every=4",
     "activations.batch_tokens=256",
     "vector.bootstrap=100", "cosine.bootstrap=100", "cosine.null_draws=40",
+    "geometry.gradient_pairs=8", "geometry.bootstrap=100",
+    *(
+        f"{stage}.{setting}"
+        for stage in ("interpolation", "inversion")
+        for setting in (
+            "pairs=16", "prompts=8", "range_prompts=4", "sample_prompts=4", "points=9",
+            "random_directions=2", "random_generations=1", "max_new_tokens=16", "bootstrap=100",
+        )
+    ),
 )  # fmt: skip
 
 
@@ -75,7 +84,8 @@ def test_a_run_leaves_everything(undisturbed: Path) -> None:
         assert (undisturbed / name).stat().st_size > 0
     for stage, figure in {
         "base": "learning_curve", "dpo": "learning_curve", "vector": "kl_recovery",
-        "cosine": "fig3_cosine", "spectrum": "fig4a_entropy",
+        "cosine": "fig3_cosine", "spectrum": "fig4a_entropy", "geometry": "fig1c_clouds",
+        "interpolation": "fig2a_interpolation", "inversion": "fig2b_inversion",
     }.items():  # fmt: skip
         for suffix in ("png", "pdf", "json"):
             assert (undisturbed / stage / "figures" / f"{figure}.{suffix}").stat().st_size > 0
@@ -117,6 +127,9 @@ def test_kill_9_in_every_stage_changes_nothing(undisturbed: Path, tmp_path: Path
         ["activations/*.tmp", "activations/*.partial", "activations/partial.json"],
         ["vector/partial.json"],
         ["spectrum/partial.json"],
+        ["geometry/partial.json"],
+        ["interpolation/checkpoints/texts-v.jsonl"],  # in the middle of a sweep
+        ["inversion/checkpoints/range-0.jsonl"],
         ["report/partial.json"],
     ]
     for patterns in moments:

@@ -86,7 +86,9 @@ class Curves:
         known = ~columns.isnan()
         weights = known.double()
         if below is not None and level_below is not None:
-            weights = torch.cat([below[start:], level_below[None]]).T.double().masked_fill(~known, 0)
+            weights = (
+                torch.cat([below[start:], level_below[None]]).T.double().masked_fill(~known, 0)
+            )
         both = torch.cat([columns.nan_to_num(0.0), weights], dim=1).numpy()
         sums = cluster_sums(both, self.clusters)
         drawn = np.concatenate(

@@ -40,7 +40,7 @@ def diagnose(
     if held_out_cosine is not None and held_out_cosine < HETEROGENEOUS:
         said.append(
             f"Heterogeneous change: the mean held-out cosine with v* at {site} is "
-            f"{held_out_cosine:.3f}, below {HETEROGENEOUS}: prompts do not share one direction "
+            f"{held_out_cosine:z.3f}, below {HETEROGENEOUS}: prompts do not share one direction "
             "there, so no one λ can be right for all."
         )
     said += _too_far(strengths, metrics, degenerate)
@@ -71,8 +71,8 @@ def _too_far(
         if falls is not None:
             said.append(
                 f"Overlap falls: {metrics[key]['label']}, with degenerate texts as 0, is "
-                f"{points[falls]:.3f} at λ = {strengths[falls]:g}, the first from 0 on that is "
-                f"below the reach of the start's interval ({clean:.3f} at λ = 0)."
+                f"{points[falls]:z.3f} at λ = {strengths[falls]:g}, the first from 0 on that is "
+                f"below the reach of the start's interval ({clean:z.3f} at λ = 0)."
             )
             break
     return said
@@ -92,14 +92,14 @@ def _reach(start: str, strengths: Sequence[float], metrics: Mapping[str, Json]) 
         if low < RESTORED:
             return [
                 "Inversion at λ = 1 does not restore the base: it recovers "
-                f"{at_one['value']:.3f} of the KL. Of the strengths tried it comes nearest at "
-                f"λ = {where:g} ({best:.3f})."
+                f"{at_one['value']:z.3f} of the KL. Of the strengths tried it comes nearest at "
+                f"λ = {where:g} ({best:z.3f})."
             ]
     if best > at_one["value"] + 0.02:
         verb = "adding" if start == "base" else "taking away"
         return [
-            f"λ = 1 is not where {verb} v* brings most: {at_one['value']:.3f} of the KL there, "
-            f"{best:.3f} at λ = {where:g} (picked on the test pairs, so it flatters)."
+            f"λ = 1 is not where {verb} v* brings most: {at_one['value']:z.3f} of the KL there, "
+            f"{best:z.3f} at λ = {where:g} (picked on the test pairs, so it flatters)."
         ]
     return []
 
@@ -147,10 +147,10 @@ def _direction(strengths: Sequence[float], metrics: Mapping[str, Json]) -> list[
         if (steps >= 0).all() and (steps > 0).any():
             said.append(
                 f"{label} moves the target's way from λ = 0 to 1 and never back: "
-                f"{values[0]:.3f} to {values[-1]:.3f}; the target has "
-                f"{metrics[name]['target']['value']:.3f}."
+                f"{values[0]:z.3f} to {values[-1]:z.3f}; the target has "
+                f"{metrics[name]['target']['value']:z.3f}."
             )
         else:
-            shown = ", ".join(f"{value:.3f}" for value in values)
+            shown = ", ".join(f"{value:z.3f}" for value in values)
             said.append(f"{label} does not go one way from λ = 0 to 1: {shown}.")
     return said

@@ -30,7 +30,13 @@ from dsteer.behaviour.perplexity import surprises
 from dsteer.behaviour.refusal import MEASURED_LIMITS
 from dsteer.behaviour.samples import sample_prompts, shown
 from dsteer.behaviour.strengths import LiveRange, grid, live_range
-from dsteer.behaviour.teacher_forced import Predictions, Scores, predictions, score
+from dsteer.behaviour.teacher_forced import (
+    Predictions,
+    Scores,
+    own_likelihoods,
+    predictions,
+    score,
+)
 from dsteer.behaviour.truthfulqa import multiple_choice, read_questions
 from dsteer.behaviour.validity import screen
 from dsteer.config import BehaviourConfig, PipelineConfig, SweepConfig, SyntheticSource
@@ -39,7 +45,6 @@ from dsteer.data.tokens import Encoded, encode
 from dsteer.data.types import PreferencePair
 from dsteer.errors import DataError, MeasurementError
 from dsteer.geometry.alignment import cosine_to
-from dsteer.models.anatomy import evaluating
 from dsteer.models.load import Model
 from dsteer.models.pair import ModelPair, Which
 from dsteer.models.readout import Readout
@@ -114,6 +119,11 @@ class Study:
     def target(self) -> Which:
         """The other model."""
         return "tuned" if self.start == "base" else "base"
+
+    @property
+    def name(self) -> str:
+        """The stage."""
+        return "interpolation" if self.start == "base" else "inversion"
 
     @property
     def sign(self) -> int:
@@ -326,7 +336,7 @@ class _Run:
         if v.undefined:
             raise MeasurementError(
                 f"v* at {site} is zero: the models agree there, so nothing can be added; name "
-                f"another site ({study.config.__class__.__name__}.site)"
+                f"another site ({study.name}.site)"
             )
         live, strengths = self._strengths(v)
         self.strengths = strengths
@@ -343,6 +353,9 @@ class _Run:
         self._outside(written)
         self._truthfulqa(arms)
         metrics = self.ledger.described()
+        for name in [name for name, metric in metrics.items() if _empty(metric)]:
+            del metrics[name]
+            self.absent.append((name, "no text of any arm has a value"))
         texts = self._text_counts(written)
         diagnoses = diagnose(
             start, site, strengths, metrics, texts["degenerate"], study.held_out_cosine(site)
@@ -350,12 +363,12 @@ class _Run:
         self._save(written)
         explorer = self._explorer(written, v)
         write_json(study.folder / "explorer.json", explorer)
-        if test.both is False:
+        if not test.both:
             self.notes.append(
                 "The test pairs have no answers: teacher-forced metrics read the target's own."
             )
         return {
-            "direction": "interpolation" if start == "base" else "inversion",
+            "direction": study.name,
             "start": start,
             "target": target,
             "sign": study.sign,
@@ -565,7 +578,7 @@ class _Run:
             )  # fmt: skip
             del model
         zero = strengths.index(0.0)
-        own = _own_likelihoods(aims, test.texts)
+        own = own_likelihoods(aims, test.texts)
         for name, scores in found.items():
             self._put(name, scores, zero, test, self._reference(scores, zero, own))
         if test.both:
@@ -575,11 +588,14 @@ class _Run:
         else:
             for name in ("reward_margin", "preference_match"):
                 self.absent.append((name, "the test pairs have no rejected answers"))
-        self.ledger.entries["kl_recovered"].level = self.ledger.entries[
-            "kl_recovered_reverse"
-        ].level = 1.0
-        self.ledger.entries["kl_first_token"].level = 0.0
-        self.ledger.entries["top1_agreement"].level = 1.0
+        levels = {
+            "kl_recovered": 1,
+            "kl_recovered_reverse": 1,
+            "kl_first_token": 0,
+            "top1_agreement": 1,
+        }
+        for name, level in levels.items():
+            self.ledger.entries[name].level = float(level)
         self._put_random(random, few, zero, own[index], len(draws))
 
     def _put(
@@ -742,7 +758,8 @@ class _Run:
     def _perplexity(self, written: Mapping[str, list[Generated]]) -> None:
         """Of the texts under the base, over all tokens."""
         self.ledger.entry("perplexity", "generated", self.prompt_clusters).transform = exponential
-        with self.pair.using("base") as model, evaluating(model):
+        with self.pair.using("base") as model:
+            readout = self._readout("base", model)
             with self.reporter.bar("perplexity", len(written), unit="arms") as advance:
                 for name, series in written.items():
                     items = [
@@ -750,7 +767,7 @@ class _Run:
                         for item in series
                         for prompt, ids in zip(self.encoded, item.tokens, strict=True)
                     ]
-                    costs = surprises(model, items)
+                    costs = surprises(model, items, readout)
                     shape = (len(series), len(self.encoded))
                     nll = numbers([None if c is None else c.nll for c in costs]).view(shape)
                     tokens = numbers([None if c is None else c.tokens for c in costs]).view(shape)
@@ -922,16 +939,6 @@ def _generated(decoded: Decoded) -> list[Generated]:
     ]
 
 
-def _own_likelihoods(aims: Predictions, texts: Sequence[Encoded]) -> Tensor:
-    """Σ ln p(token) of each answer under the model that made the predictions, float64."""
-    found = []
-    for item, states in zip(texts, aims.states, strict=True):
-        log_p = aims.readout(states).log_softmax(-1)
-        tokens = torch.tensor(item.ids[item.prompt_length :], device=log_p.device)
-        found.append(log_p.gather(1, tokens[:, None]).double().sum().cpu())
-    return torch.stack(found)
-
-
 def _rewards(
     likelihoods: Tensor, reference: Tensor, answers: _Answers, beta: float
 ) -> dict[str, Tensor]:
@@ -940,6 +947,11 @@ def _rewards(
     margins = rewards[:, : answers.pairs] - rewards[:, answers.pairs :]
     match = (margins > 0).double() + 0.5 * (margins == 0).double()
     return {"reward_margin": margins, "preference_match": match}
+
+
+def _empty(metric: Json) -> bool:
+    points = [point for curve in metric["curves"].values() for point in curve]
+    return metric["target"] is None and all(point is None for point in points)
 
 
 def _value(point: Json) -> float | None:

@@ -146,7 +146,7 @@ class Generated:
     tokens: Sequence[Sequence[int]]
 
 
-def numbers(values: Sequence[float | None]) -> Values:
+def numbers(values: Sequence[float | int | None]) -> Values:
     """As float64, None as NaN."""
     return torch.tensor(
         [float("nan") if value is None else float(value) for value in values], dtype=torch.float64

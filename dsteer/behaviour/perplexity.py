@@ -6,10 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
-
+from dsteer.behaviour.teacher_forced import own_likelihoods, predictions
+from dsteer.data.tokens import Encoded
 from dsteer.errors import MeasurementError
-from dsteer.training.evaluate import Continuation, log_likelihoods
+from dsteer.models.load import Model
+from dsteer.models.readout import Readout
+from dsteer.training.evaluate import Continuation
+
+AT_ONCE = 256
+"""Texts whose states are held at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +36,15 @@ class Surprise:
 
 
 def surprises(
-    model: PreTrainedModel, continuations: Sequence[Continuation]
+    model: Model, continuations: Sequence[Continuation], readout: Readout | None = None
 ) -> list[Surprise | None]:
     """Negative log-likelihood of each continuation given its context, in batches.
 
     Args:
-        model: in evaluation mode.
+        model: a causal language model.
         continuations: a context of at least one token, and the tokens after it (the end-of-text
             token too, where the text has it).
+        readout: the model's head; default: taken from it.
 
     Returns:
         One a text; None for a continuation without a token.
@@ -52,10 +58,16 @@ def surprises(
                 f"the context of text {row} has no token: begin it with the model's BOS token"
             )
     rows = [row for row, item in enumerate(continuations) if item.tokens]
-    items = [continuations[row] for row in rows]
+    rows.sort(key=lambda row: -len(continuations[row]))
+    readout = readout or Readout.of(model)
     found: list[Surprise | None] = [None] * len(continuations)
-    for row, item, log_p in zip(rows, items, log_likelihoods(model, items).tolist(), strict=True):
-        found[row] = Surprise(-log_p, len(item.tokens))
+    for start in range(0, len(rows), AT_ONCE):
+        some = rows[start : start + AT_ONCE]
+        items = [continuations[row] for row in some]
+        texts = [Encoded(item.context + item.tokens, len(item.context)) for item in items]
+        log_p = own_likelihoods(predictions(model, texts, readout), texts)
+        for row, item, value in zip(some, items, log_p.tolist(), strict=True):
+            found[row] = Surprise(-value, len(item.tokens))
     return found
 
 

@@ -36,7 +36,7 @@ def live_range(degenerate: Callable[[Sequence[float]], list[float]], limit: floa
     """Find where a model collapses, by doubling and then bisecting the strength, on both sides.
 
     A model of which some outputs are degenerate as it is has collapsed where half of the rest are
-    too: at the share s₀ + (1 − s₀)/2, at least one half. Where all are, nothing is left to collapse.
+    too: at the share s₀ + (1 − s₀)/2, at least one half. Where all are, it can't collapse.
 
     Args:
         degenerate: strengths → shares of degenerate outputs, on prompts that are reported nowhere.

@@ -132,6 +132,16 @@ def score(
     return Scores(**sums, tokens=torch.tensor([_answer(item) for item in texts]))
 
 
+def own_likelihoods(aims: Predictions, texts: Sequence[Encoded]) -> Tensor:
+    """Σ ln p(token) of each answer under the model that made the predictions, float64."""
+    found = []
+    for item, states in zip(texts, aims.states, strict=True):
+        log_p = aims.readout(states).log_softmax(-1)
+        tokens = torch.tensor(item.ids[item.prompt_length :], device=log_p.device)
+        found.append(log_p.gather(1, tokens[:, None]).double().sum().cpu())
+    return torch.stack(found)
+
+
 @dataclass(frozen=True)
 class _Compared:
     log_q: Float[Tensor, "a t v"]

@@ -20,10 +20,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import (
+    FixedLocator,
     LogFormatterSciNotation,
     LogLocator,
     MaxNLocator,
     NullFormatter,
+    NullLocator,
     StrMethodFormatter,
 )
 
@@ -64,6 +66,10 @@ _HATCH = "#c2c2c2"
 _WORST = (0, (1, 1))
 
 _ARROWS = {"up": "\u00a0↑", "down": "\u00a0↓"}
+
+
+_WIDE = 4.0
+"""Strengths that go beyond it get an axis that is linear to ±1 and logarithmic from there."""
 
 
 def fig2a_interpolation(result: dict[str, Json], _folder: Path) -> Drawing | None:
@@ -120,7 +126,7 @@ def _sweep(
         axes.tick_params(labelsize=7)
         if i + columns >= len(names):  # the lowest panel of its column
             axes.tick_params(labelbottom=True)
-            axes.set_xlabel("λ (units of v*)")
+            axes.set_xlabel("λ (units of v*)" + ("; log beyond ±1" if _is_wide(strengths) else ""))
     handles = _legend(result, marks, flags)
     figure.legend(
         handles=handles,
@@ -151,6 +157,19 @@ def _arm_marks(result: dict[str, Json]) -> dict[str, Mark]:
     return marks
 
 
+def _is_wide(strengths: Sequence[float]) -> bool:
+    """Whether a linear axis would squeeze the strengths near 1."""
+    return strengths[-1] > _WIDE
+
+
+def _powers(strengths: Sequence[float]) -> list[float]:
+    """Ticks: 0, and on both sides 1, 4, 16, … within the strengths."""
+    most = max(abs(strengths[0]), strengths[-1])
+    ticks = [4.0**k for k in range(10) if 4.0**k <= most]
+    both = [*(-tick for tick in reversed(ticks)), 0.0, *ticks]
+    return [tick for tick in both if strengths[0] <= tick <= strengths[-1]]
+
+
 def _panel(
     axes: Axes,
     metric: dict[str, Json],
@@ -160,9 +179,15 @@ def _panel(
     flags: set[str],
 ) -> dict[str, Json]:
     """Draw one metric, noting in ``flags`` what the legend must name; return what was drawn."""
-    pad = 0.03 * (strengths[-1] - strengths[0]) or 0.5
-    axes.set_xlim(strengths[0] - pad, strengths[-1] + pad)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    if _is_wide(strengths):
+        axes.set_xscale("symlog", linthresh=1, linscale=1)
+        axes.set_xlim(strengths[0] * 1.15, strengths[-1] * 1.15)
+        axes.xaxis.set_major_locator(FixedLocator(_powers(strengths)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        pad = 0.03 * (strengths[-1] - strengths[0]) or 0.5
+        axes.set_xlim(strengths[0] - pad, strengths[-1] + pad)
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     curves = {
         arm: [estimate(v) for v in values]

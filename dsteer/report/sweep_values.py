@@ -30,8 +30,8 @@ _TELLING = (
 def main_metrics(result: dict[str, Json]) -> list[str]:
     """The at most nine metrics that tell most, in the order of the result.
 
-    One of each kind in a fixed list, where it was measured (of the oracles, the one whose level
-    differs most between start and target), then others in their order until nine are found.
+    One of each kind in a fixed list, where it was measured and moves (of the oracles, the one whose
+    level differs most between start and target), then others in their order until nine are found.
     """
     measured = list(mapping(result.get("metrics")))
     oracles = sorted(
@@ -41,9 +41,15 @@ def main_metrics(result: dict[str, Json]) -> list[str]:
     picked: list[str] = []
     for names in _TELLING:
         named = oracles if names == ("oracle",) else [name for name in names if name in measured]
-        picked += named[:1]
+        picked += [name for name in named if _moves(at(result, "metrics", name))][:1]
     picked += [name for name in measured if name not in picked]
     return [name for name in measured if name in picked[:MAIN]]
+
+
+def _moves(metric: Json) -> bool:
+    """Whether any arm's curve has two values that differ."""
+    curves = mapping(at(metric, "curves")).values()
+    return any(len({v for v in map(point, items(curve)) if v is not None}) > 1 for curve in curves)
 
 
 def _change(metric: Json) -> float:

@@ -64,6 +64,13 @@ class Steering:
         """One arm that does nothing, without hooks: the model as it is."""
         return cls(FINAL_NORM, (Arm(torch.zeros(width), 0.0),), hooked=False)
 
+    def split(self, count: int) -> list[Steering]:
+        """The same with at most so many arms each."""
+        return [
+            replace(self, arms=self.arms[first : first + count])
+            for first in range(0, len(self.arms), count)
+        ]
+
     def interventions(self, rows: Sequence[int] | None = None) -> list[Intervention]:
         """What is done, one value an arm; or one a row, row i being steered by arm ``rows[i]``."""
         if not self.hooked:
@@ -128,26 +135,28 @@ def steered_states(
         model: a causal language model, not compiled.
         texts: prompts with answers; the states are those at tokens p − 1 … n − 2.
         steering: the arms.
-        batch_tokens: tokens × arms a batch; default: four times what extraction takes.
+        batch_tokens: tokens × arms a batch; default: some times what extraction takes.
 
     Yields:
         The numbers of some texts, and their states (arms, tokens of these texts in order, d), in
         the model's dtype, on its device.
     """
     anatomy = Anatomy.of(model)
-    budget = batch_tokens or 4 * default_budget(anatomy.device)
+    block = block_of(steering.site)
+    # Where no block follows the site, an arm costs next to nothing.
+    behind = block is not None and block < anatomy.n_blocks - 1
+    budget = batch_tokens or (4 if behind else 32) * default_budget(anatomy.device)
     needed = [item.ids[:-1] for item in texts]
     lengths = [len(ids) for ids in needed]
     with evaluating(model):
         shares = _shares(model, anatomy, texts, steering)
         pad = shares or padding_is_unseen(model, anatomy, needed)
-        chunk = max(1, min(len(steering.arms), budget // max(lengths)))
-        for batch in plan_batches(lengths, max(max(lengths), budget // chunk), pad=pad):
+        once = min(budget, default_budget(anatomy.device))
+        for batch in plan_batches(lengths, max(max(lengths), once), pad=pad):
             chosen = [texts[number] for number in batch.prompts]
+            chunk = max(1, budget // (len(chosen) * batch.length))
             parts = [
-                _states(model, anatomy, chosen, steering, range(first, last), shares)
-                for first in range(0, len(steering.arms), chunk)
-                for last in [min(first + chunk, len(steering.arms))]
+                _states(model, anatomy, chosen, some, shares) for some in steering.split(chunk)
             ]
             yield list(batch.prompts), torch.cat(parts)
 
@@ -155,15 +164,12 @@ def steered_states(
 def _shares(model: Model, anatomy: Anatomy, texts: Sequence[Encoded], steering: Steering) -> bool:
     """Whether rows may part at the site: on two texts, the states are as those of whole passes."""
     by_length = sorted(texts, key=lambda item: len(item.ids))
-    arms = range(min(2, len(steering.arms)))
+    few = steering.split(2)[0]
     try:
-        both = _states(model, anatomy, [by_length[-1], by_length[0]], steering, arms, True)
+        both = _states(model, anatomy, [by_length[-1], by_length[0]], few, True)
     except (ModelError, *FAILURES):
         return False
-    alone = [
-        _states(model, anatomy, [item], steering, arms, False)
-        for item in (by_length[-1], by_length[0])
-    ]
+    alone = [_states(model, anatomy, [item], few, False) for item in (by_length[-1], by_length[0])]
     plain = torch.cat(alone, dim=1)
     error = float((both - plain).norm() / plain.norm())
     return error <= _SAME.get(anatomy.dtype, _SAME_HALF)
@@ -174,28 +180,27 @@ def _states(
     anatomy: Anatomy,
     texts: Sequence[Encoded],
     steering: Steering,
-    arms: range,
     share: bool,
 ) -> Float[Tensor, "a n d"]:
-    """The states of some texts under some arms, in one pass."""
-    device = anatomy.device
+    """The states of some texts under all arms, in one pass."""
+    device, arms = anatomy.device, len(steering.arms)
     width = max(len(item.ids) for item in texts) - 1
     ids = pad_right([item.ids[:-1] for item in texts], width).to(device)
     last = torch.tensor([len(item.ids) - 1 for item in texts], device=device)
     column = torch.arange(width, device=device)
     prompt_lengths = torch.tensor([item.prompt_length for item in texts], device=device)
     placement = Placement(torch.where(column < last[:, None], column, -1), prompt_lengths)
-    owners = torch.tensor(arms, device=device).repeat(len(texts))
+    owners = torch.arange(arms, device=device).repeat(len(texts))
     with contextlib.ExitStack() as stack:
         if share:
             stack.enter_context(attending(model, causal))
-            stack.enter_context(expanding(anatomy, steering.site, len(arms)))
+            stack.enter_context(expanding(anatomy, steering.site, arms))
         else:
-            ids = ids.repeat_interleave(len(arms), 0)
+            ids = ids.repeat_interleave(arms, 0)
         hooks = stack.enter_context(Hooks(model, steering.interventions()))
         hooks.placement = spread(placement, owners)
         output = anatomy.decoder(input_ids=ids, use_cache=False)
-    states = Anatomy.read(output[0]).view(len(texts), len(arms), width, -1)
+    states = Anatomy.read(output[0]).view(len(texts), arms, width, -1)
     return torch.cat(
         [
             states[row, :, item.prompt_length - 1 : len(item.ids) - 1]

@@ -58,17 +58,21 @@ def straight(line: list[float], spread: float = 0.0) -> Tensor:
 )
 def test_crossings_by_hand(line: list[float], level: float, where: float) -> None:
     found, why = curves().crossing(GRID, straight(line), torch.full((40,), level).double())
-    assert why is None and found is not None
-    assert found.value == pytest.approx(where, abs=1e-12) and found.n == 40
+    assert why is None
+    assert found is not None
+    assert found.value == pytest.approx(where, abs=1e-12)
+    assert found.n == 40
     # no prompt differs from another: no draw does
-    assert found.low == pytest.approx(where) and found.high == pytest.approx(where)
+    assert found.low == pytest.approx(where)
+    assert found.high == pytest.approx(where)
 
 
 def test_a_curve_that_never_gets_there() -> None:
     # it does below 0, which does not count
     line = [9.0, 0.0, 1.0, 2.0, 2.5, 2.9]
     found, why = curves().crossing(GRID, straight(line), torch.full((40,), 3.0).double())
-    assert found is None and why == "the curve does not reach the target's level up to λ = 4"
+    assert found is None
+    assert why == "the curve does not reach the target's level up to λ = 4"
 
 
 def test_undefined_curves_say_where() -> None:
@@ -76,21 +80,25 @@ def test_undefined_curves_say_where() -> None:
     values = straight([9, 0, 1, 2, 3, 4])
     values[4] = NAN
     found, why = curves().crossing(GRID, values, level)
-    assert found is None and why is not None and "undefined at λ = 2" in why
+    assert found is None
+    assert why is not None
+    assert "undefined at λ = 2" in why
     assert curves().crossing(GRID, values, level - 1)[0] is not None  # before it
     for gone, aim in ((1, level), (5, torch.full((40,), NAN).double())):
         values = straight([9, 0, 1, 2, 3, 4])
         if aim is level:
             values[gone] = NAN
         found, why = curves().crossing(GRID, values, aim)
-        assert found is None and why == "the metric is undefined at λ = 0 or for the target"
+        assert found is None
+        assert why == "the metric is undefined at λ = 0 or for the target"
 
 
 def test_prompts_without_a_value_are_left_out() -> None:
     values = straight([9, 0, 1, 2, 3, 4])
     values[3, :10], values[2, 5:7] = NAN, NAN
     found, _ = curves().crossing(GRID, values, torch.full((40,), 1.5).double())
-    assert found is not None and found.value == pytest.approx(0.75)
+    assert found is not None
+    assert found.value == pytest.approx(0.75)
 
 
 def test_a_crossing_that_many_draws_miss_has_no_ends() -> None:
@@ -98,7 +106,9 @@ def test_a_crossing_that_many_draws_miss_has_no_ends() -> None:
     values[5, :4] = 0.0  # the mean reaches 3.6; without these rows 4
     aim = torch.full((40,), 3.599).double()
     found, _ = curves().crossing(GRID, values, aim)
-    assert found is not None and found.value > 3.9 and (found.low, found.high) == (None, None)
+    assert found is not None
+    assert found.value > 3.9
+    assert (found.low, found.high) == (None, None)
 
 
 def test_a_ratio_of_sums_crosses_where_its_curve_does() -> None:
@@ -110,9 +120,11 @@ def test_a_ratio_of_sums_crosses_where_its_curve_does() -> None:
     found, _ = curves().crossing(
         GRID, values, aim * weights, weights.expand(6, 40), weights.expand(40)
     )
-    assert found is not None and found.value == pytest.approx(1.0)  # 0.55 · 2 = 1.1
+    assert found is not None
+    assert found.value == pytest.approx(1.0)
     plain, _ = curves().crossing(GRID, values / weights, aim)
-    assert plain is not None and plain.value < 0.8
+    assert plain is not None
+    assert plain.value < 0.8
 
 
 def test_intervals_of_crossings_cover() -> None:
@@ -127,7 +139,9 @@ def test_intervals_of_crossings_cover() -> None:
         values = torch.from_numpy(grid[:, None] * slope + shift)
         aim = torch.from_numpy(1.3 + shift + 0.5 * np.repeat(rng.normal(size=30), 2))
         found, _ = Curves(keys, 200, 0.9, trial).crossing(GRID, values, aim)
-        assert found is not None and found.low is not None and found.high is not None
+        assert found is not None
+        assert found.low is not None
+        assert found.high is not None
         held += found.low <= 1.3 <= found.high
         sizes.append(found.high - found.low)
     assert 0.83 <= held / trials <= 0.95
@@ -142,7 +156,8 @@ def test_bands() -> None:
     low, high, _ = band(many)
     np.testing.assert_allclose([low, high], np.quantile(many, [0.025, 0.975], axis=0))
     nineteen = band(many[:19])
-    assert nineteen[0] == many[:19].min(0).tolist() and nineteen[1] == many[:19].max(0).tolist()
+    assert nineteen[0] == many[:19].min(0).tolist()
+    assert nineteen[1] == many[:19].max(0).tolist()
 
 
 def ledger() -> Ledger:
@@ -161,12 +176,14 @@ def test_a_ledger_describes_a_mean() -> None:
     entry.random = [np.full(6, 0.1), np.full(6, 0.4), np.full(6, NAN)]
     entry.random_n = 11
     (name,), (got,) = book.described().keys(), book.described().values()
-    assert name == "oracle_polite" and "polite" in got["label"]
+    assert name == "oracle_polite"
+    assert "polite" in got["label"]
     for row, point in zip(values, got["curves"]["v"], strict=True):
         wanted = curves().mean(row)
         assert wanted is not None
         assert point == pytest.approx(wanted.json())
-    assert got["curves"]["v"][2]["n"] == 39 and got["n"] == 40
+    assert got["curves"]["v"][2]["n"] == 39
+    assert got["n"] == 40
     assert got["start"] == got["curves"]["v"][1]
     assert got["target"]["value"] == pytest.approx(2.5)
     assert got["crossing"]["why"] is None
@@ -196,7 +213,8 @@ def test_a_ledger_says_why_nothing_crosses() -> None:
     why = {name: item["crossing"]["why"] for name, item in got.items()}
     assert "end of the scale" in why["kl_recovered"]
     assert "interval holds" in why["length"]
-    assert why["bleu_target"] and got["bleu_target"]["target"] is None
+    assert why["bleu_target"]
+    assert got["bleu_target"]["target"] is None
     assert "up to λ = 4" in why["refusal"]
 
 
@@ -212,4 +230,5 @@ def test_a_ledger_transforms_values_and_bands() -> None:
     shown = [point["value"] for point in got["curves"]["v"]]
     assert shown[:5] == pytest.approx([1, 1, math.e, math.e**2, math.e**3])
     assert math.isfinite(shown[5])
-    assert got["random"]["high"][2] is None and got["random"]["high"][4] == math.exp(2)
+    assert got["random"]["high"][2] is None
+    assert got["random"]["high"][4] == math.exp(2)

@@ -60,12 +60,15 @@ def test_a_healthy_sweep_has_none(start: str) -> None:
     assert say(start, rouge_l_reference=overlap) == []
 
 
-@pytest.mark.parametrize(("cosine", "said"), [(0.849, 1), (0.85, 0), (1.0, 0), (None, 0), (-0.2, 1)])
+@pytest.mark.parametrize(
+    ("cosine", "said"), [(0.849, 1), (0.85, 0), (1.0, 0), (None, 0), (-0.2, 1)]
+)
 def test_heterogeneous_change(cosine: float | None, said: int) -> None:
     found = say(cosine=cosine)
     assert len(found) == said
     if said:
-        assert found[0].startswith("Heterogeneous change") and f"{cosine:.3f}" in found[0]
+        assert found[0].startswith("Heterogeneous change")
+        assert f"{cosine:.3f}" in found[0]
         assert "resid_post.2" in found[0]
 
 
@@ -73,18 +76,19 @@ def test_heterogeneous_change(cosine: float | None, said: int) -> None:
     ("degenerate", "where"),
     [
         ((0.9, 0.0, 0.0, 0.0, 0.0, 0.49), None),  # below 0 is another side
-        ((0.0, 0.0, 0.0, 0.0, 0.5, 0.9), "λ = 2 "),
-        ((0.0, 0.0, 0.0, 0.1, 0.4, 0.9), "λ = 4 "),
-        ((0.0, 0.6, 0.7, 0.1, 0.4, 0.9), "λ = 0 "),
+        ((0.0, 0.0, 0.0, 0.0, 0.5, 0.9), "λ = 2 is the first"),
+        ((0.0, 0.0, 0.0, 0.1, 0.4, 0.5), "λ = 4 is the first"),
+        ((0.0, 0.5, 0.7, 0.1, 0.4, 0.9), "λ = 0 is the first"),
     ],
 )
 def test_over_steering(degenerate: Sequence[float], where: str | None) -> None:
     found = say(degenerate=degenerate)
-    assert [sentence.startswith("Over-steering") for sentence in found] == [True] * bool(where)
-    if where:
-        assert where in found[0] and f"({max(0.5, 0.9 if '4' in where else 0.5):.0%})" in (
-            found[0].replace("(60%)", "(50%)")
-        )
+    if where is None:
+        assert found == []
+        return
+    (sentence,) = found
+    assert sentence.startswith(f"Over-steering: {where}")
+    assert "(50%)" in sentence
 
 
 def test_overlap_falls() -> None:
@@ -92,7 +96,8 @@ def test_overlap_falls() -> None:
     worst = [0.1, 0.45, 0.44, 0.44, 0.42, 0.1]
     falling = metric([0.5] * 6, worst=worst, label="ROUGE-L, reference")
     (found,) = say(rouge_l_reference=falling)
-    assert found.startswith("Overlap falls: ROUGE-L, reference") and "0.420 at λ = 2," in found
+    assert found.startswith("Overlap falls: ROUGE-L, reference")
+    assert "0.420 at λ = 2," in found
     target = metric([0.5] * 6, worst=worst, label="ROUGE-L, target's text")
     (found,) = say(rouge_l_target=target)
     assert "target's text" in found
@@ -109,7 +114,8 @@ def test_inversion_that_does_not_restore_the_base() -> None:
     curve = (-0.8, 0.0, 0.5, 0.7, 0.8, 0.3)
     (found,) = say("tuned", curve)
     assert found.startswith("Inversion at λ = 1 does not restore the base")
-    assert "0.700" in found and "λ = 2 (0.800)" in found
+    assert "0.700" in found
+    assert "λ = 2 (0.800)" in found
     # the lower end decides: 0.91 − 0.02
     assert len(say("tuned", (-0.8, 0.0, 0.5, 0.91, 0.8, 0.3))) == 1
     assert say("tuned", (-0.8, 0.0, 0.5, 0.93, 0.8, 0.3)) == []
@@ -119,9 +125,11 @@ def test_inversion_that_does_not_restore_the_base() -> None:
 def test_another_strength_brings_more() -> None:
     (found,) = say("base", (-0.8, 0.0, 0.5, 0.7, 0.8, 0.3))
     assert found.startswith("λ = 1 is not where adding v* brings most")
-    assert "0.700" in found and "0.800 at λ = 2" in found
+    assert "0.700" in found
+    assert "0.800 at λ = 2" in found
     (found,) = say("tuned", (-0.8, 0.0, 0.99, 0.95, 0.5, 0.3))
-    assert "taking away v*" in found and "0.990 at λ = 0.5" in found
+    assert "taking away v*" in found
+    assert "0.990 at λ = 0.5" in found
     assert say("base", (-0.8, 0.0, 0.5, 0.79, 0.8, 0.3)) == []  # by next to nothing
 
 
@@ -153,7 +161,7 @@ def test_no_more_than_a_random_direction() -> None:
 
 
 def test_one_way_or_not() -> None:
-    rising = metric([-0.5, 0.0, 0.2, 0.3, 0.1, -0.5], 2.0, label="reward")
+    rising = metric([-0.5, -1e-9, 0.2, 0.3, 0.1, -0.5], 2.0, label="reward")
     (found,) = say(reward_margin=rising)
     assert found == (
         "reward moves the target's way from λ = 0 to 1 and never back: 0.000 to 0.300; the target "

@@ -38,9 +38,11 @@ def test_the_collapse_is_found_within_the_bisections(low: float | None, high: fl
             continue
         # a bracket from x to 2x (from 0 to 0.25) is halved three times
         width = max(0.25, abs(true)) / 8
-        assert found is not None and abs(true) <= abs(found) <= abs(true) + width
+        assert found is not None
+        assert abs(true) <= abs(found) <= abs(true) + width
     strengths = [strength for strength, _ in live.probes]
-    assert strengths == sorted(set(strengths)) and 0 in strengths
+    assert strengths == sorted(set(strengths))
+    assert 0 in strengths
     shares = collapsing(low, high)(strengths)
     assert [share for _, share in live.probes] == shares
 
@@ -55,10 +57,12 @@ def test_beyond_the_limit_nothing_is_tried() -> None:
 def test_outputs_that_are_degenerate_without_steering_do_not_count() -> None:
     live = live_range(collapsing(-2.0, 4.0, share=0.6), 64.0)
     assert live.threshold == pytest.approx(0.8)
-    assert live.low == pytest.approx(-2.0) and live.high == pytest.approx(4.0)
+    assert live.low == pytest.approx(-2.0)
+    assert live.high == pytest.approx(4.0)
     slow = live_range(lambda strengths: [0.4 + 0.1 * abs(s) for s in strengths], 8.0)
     assert slow.threshold == pytest.approx(0.7)
-    assert slow.high == pytest.approx(3.0) and slow.low == pytest.approx(-3.0)
+    assert slow.high == pytest.approx(3.0)
+    assert slow.low == pytest.approx(-3.0)
 
 
 def test_where_all_is_degenerate_nothing_is_left_to_collapse() -> None:
@@ -88,8 +92,9 @@ def check(strengths: Sequence[float], live: LiveRange, points: int, limit: float
         assert inside[0] <= max(1.0 if end > 1 else 0.0, end / 4) * 1.05
         assert inside[-1] == pytest.approx(end, rel=0.05)
         if collapse is not None:  # one step past, and no more than one
-            assert 1.1 * end < side[-1] and inside[-1] <= end * 1.05
-        if 1.05 < end:
+            assert 1.1 * end < side[-1]
+            assert inside[-1] <= end * 1.05
+        if end > 1.05:
             assert 1.0 in side
 
 
@@ -129,4 +134,5 @@ def test_grids_by_hand() -> None:
     assert grid(made(None, None), 9, 4.0) == (-4.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.4, 2.4, 4.0)
     # in two digits some would be the same
     close = grid(made(None, 0.04), 60, 64.0)
-    assert len(set(close)) == 60 and close[-2] == pytest.approx(0.04)
+    assert len(set(close)) == 60
+    assert close[-2] == pytest.approx(0.04)
