@@ -19,7 +19,8 @@ from dsteer.store import Json, Run, read_json
 
 YAML = (
     "name: demo\ndata: {sources: [{format: synthetic}]}\n"
-    "base:\ndpo:\nactivations:\nvector:\ncosine:\nspectrum:\nreport:\n"
+    "base:\ndpo:\nactivations:\nvector:\ncosine:\nspectrum:\ngeometry:\ninterpolation:\n"
+    "inversion:\nreport:\n"
 )
 ALL = [stage.name for stage in STAGES]
 
@@ -59,7 +60,7 @@ def go(out: Path, *overrides: str, **options: str) -> Json:
 def test_runs_all_then_skips_all(tmp_path: Path, stages: Stages) -> None:
     summary = go(tmp_path / "r")
     assert stages.ran == ALL
-    assert summary["stages"]["report"] == {"inputs": 7}
+    assert summary["stages"]["report"] == {"inputs": 10}
     assert {"stage": "dpo", "text": "dpo ran"} in summary["notes"]
     before = (tmp_path / "r" / "summary.json").read_bytes()
     go(tmp_path / "r")
@@ -73,9 +74,13 @@ def test_runs_all_then_skips_all(tmp_path: Path, stages: Stages) -> None:
     [
         ("dpo.beta=0.7", ALL[ALL.index("dpo") :]),
         ("activations.position=prompt_mean", ALL[ALL.index("activations") :]),
-        ("vector.bootstrap=7", ["vector", "cosine", "spectrum", "report"]),
+        ("vector.bootstrap=7", ALL[ALL.index("vector") :]),
         ("cosine.bootstrap=7", ["cosine", "report"]),
         ("spectrum.top=3", ["spectrum", "report"]),
+        ("geometry.pairs=7", ["geometry", "interpolation", "report"]),
+        ("interpolation.temperature=0.5", ["interpolation", "report"]),
+        ("inversion.prompts=7", ["inversion", "report"]),
+        ("behaviour.reward_model=a/b", ["interpolation", "inversion", "report"]),
         ("report.title=Hello", ["report"]),
         ("description=Hello", ["report"]),
         ("base.steps=7", ALL[1:]),
@@ -227,9 +232,10 @@ def test_changed_content_of_an_input_reruns(tmp_path: Path, stages: Stages) -> N
 
 
 def test_absent_sections_are_absent_from_the_plan(tmp_path: Path) -> None:
-    pair = config("base=null", "dpo=null", "models.base=a/b", "models.tuned=a/c", "report=null")
+    absent = ("base=null", "dpo=null", "geometry=null", "inversion=null", "report=null")
+    pair = config(*absent, "models.base=a/b", "models.tuned=a/c")
     names = [step.stage.name for step in make_plan(pair, Run(tmp_path))]
-    assert names == ["data", "activations", "vector", "cosine", "spectrum"]
+    assert names == ["data", "activations", "vector", "cosine", "spectrum", "interpolation"]
 
 
 def test_another_pipelines_folder_is_refused(tmp_path: Path, stages: Stages) -> None:

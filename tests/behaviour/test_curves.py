@@ -54,6 +54,8 @@ def straight(line: list[float], spread: float = 0.0) -> Tensor:
         ([9, 0, 1, 2, 3, 4], 4.0, 4.0),  # at the last one
         ([9, 0, 1, 2, 3, 4], 0.0, 0.0),  # already at 0
         ([9, 0, 3, 0, 3, 0], 1.5, 0.25),  # the first of several
+        ([9, 0, 2, 2, 2, 0], 2.0, 0.5),  # the first of a stretch
+        ([9, 1, 1, 1, 2, 3], 1.0, 0.0),
     ],
 )
 def test_crossings_by_hand(line: list[float], level: float, where: float) -> None:

@@ -135,6 +135,19 @@ def test_likelihoods_are_those_of_training() -> None:
     assert torch.equal(got.agreement[0], got.tokens.double())
 
 
+def test_close_predictions_are_told_apart() -> None:
+    model, other, items = tiny_llama(), tiny_llama(), texts()
+    with torch.no_grad():
+        weight = other.lm_head.weight
+        weight += 3e-5 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    what = Steering("final_norm", (Arm(torch.zeros(32), 0.0),))
+    got = score(model, items, what, Readout.of(model), predictions(other, items, Readout.of(other)))
+    wanted = expected(model, other, items, what)
+    assert wanted["kl_first"].max() < 1e-6  # of float32's rounding, and less
+    for key in ("kl", "kl_reverse", "kl_first"):
+        np.testing.assert_allclose(getattr(got, key), wanted[key], rtol=0.02, err_msg=key)
+
+
 @pytest.mark.parametrize("block", range(4))
 def test_planted_truth(block: int) -> None:
     planted, items = planted_pair(block), texts()

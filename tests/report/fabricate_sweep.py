@@ -74,9 +74,9 @@ def sweep(direction: str, *, collapsed: bool = True) -> dict[str, Any]:
         "site": "resid_post.2",
         "site_chosen_on": "tune",
         "sites": {
-            "resid_post.0": {"kl_recovered": None, "norm": 0.0},
-            "resid_post.1": {"kl_recovered": 0.31, "norm": 1.2},
-            "resid_post.2": {"kl_recovered": 0.72, "norm": 3.1},
+            "resid_post.0": {"kl_recovered": {"all": None, "prompt_last": None}, "norm": 0.0},
+            "resid_post.1": {"kl_recovered": {"all": 0.31, "prompt_last": 0.02}, "norm": 1.2},
+            "resid_post.2": {"kl_recovered": {"all": 0.72, "prompt_last": 0.04}, "norm": 3.1},
         },
         "positions": "all",
         "strengths": STRENGTHS,

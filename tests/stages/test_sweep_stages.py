@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,13 +19,17 @@ from measured import measure
 from planted import byte_tokenizer, planted_pair
 
 from dsteer.behaviour.metrics import GENERATED, TEACHER_FORCED
-from dsteer.data.jsonl import write_pairs
+from dsteer.behaviour.validity import screen
+from dsteer.data.jsonl import read_pairs, write_pairs
 from dsteer.data.synthetic import AXES
+from dsteer.data.tokens import encode
 from dsteer.data.types import PreferencePair
 from dsteer.errors import DsteerError, MeasurementError
 from dsteer.steering import decode
+from dsteer.steering.decode import sweep as sweep_prompts
 from dsteer.steering.vector import SteeringVector, SteeringVectorSet
 from dsteer.store import Json, read_json, write_json
+from dsteer.training.evaluate import Continuation, log_likelihoods
 
 BLOCK = 1
 SITE = f"resid_post.{BLOCK}"
@@ -225,7 +230,7 @@ def test_every_key_is_there(planted: tuple[Path, Any], stage: str) -> None:
         assert set(metric["crossing"]) == {"strength", "why"}
         assert (metric["crossing"]["strength"] is None) == (metric["crossing"]["why"] is not None)
         assert metric["start"] == metric["curves"]["v"][ZERO]
-        if metric["random"]["low"][ZERO] is not None and name not in TEACHER_FORCED:
+        if metric["random"]["low"][ZERO] is not None:
             # λ = 0 is the start, whatever the direction
             assert metric["random"]["low"][ZERO] == pytest.approx(metric["start"]["value"])
     texts = rows(run / stage)
@@ -244,6 +249,32 @@ def test_every_key_is_there(planted: tuple[Path, Any], stage: str) -> None:
     assert explorer["site"] == SITE
     assert explorer["prompts"][0]["prompt"].startswith("Human: Say 20 words")
     assert explorer["prompts"][0]["reference"] == "Well, bees."
+
+
+def test_perplexity_is_the_bases(planted: tuple[Path, Any]) -> None:
+    run, _ = planted
+    pair, tokenizer = planted_pair(BLOCK), byte_tokenizer()
+    prompts = [item.prompt for item in read_pairs(run / "data" / "test.jsonl")][:6]
+    vector = SteeringVector(pair.b, SITE)
+    made = sweep_prompts(pair.base, tokenizer, prompts, vector, [0.0, 1.0], 8)
+    interpolation, inversion = (
+        read_json(run / stage / "result.json")["metrics"]["perplexity"]
+        for stage in ("interpolation", "inversion")
+    )
+    for tokens, texts, points in (
+        (made.tokens[0], made.texts[0], (interpolation["start"], inversion["target"])),
+        (made.tokens[1], made.texts[1], (interpolation["target"], inversion["start"])),
+    ):
+        kept = [
+            Continuation(encoded.ids, ids)
+            for encoded, ids, text in zip(encode(tokenizer, prompts), tokens, texts, strict=True)
+            if screen(text) is None
+        ]
+        assert kept
+        cost = -float(log_likelihoods(pair.base, kept).sum()) / sum(len(i.tokens) for i in kept)
+        for point in points:
+            assert point["value"] == pytest.approx(math.exp(cost), rel=1e-4)
+            assert point["n"] == len(kept)
 
 
 def test_again_byte_for_byte(planted: tuple[Path, Any], copied: tuple[Path, Any]) -> None:
