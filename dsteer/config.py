@@ -327,7 +327,7 @@ class SweepConfig(Section):
         description="The λ, in units of v*; auto: the live range and one step past collapse.",
     )
     points: int = Field(13, ge=9, description="How many λ an automatic grid has.")
-    max_strength: PositiveFloat = Field(16.0, description="An automatic grid goes no further.")
+    max_strength: PositiveFloat = Field(16.0, description="The live range is searched no further.")
     positions: SteeredPositions = Field(
         "auto",
         description="Tokens that are steered; auto: of all, prompt_last and generated the one that "

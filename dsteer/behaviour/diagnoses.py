@@ -14,6 +14,9 @@ HETEROGENEOUS = 0.85
 COLLAPSED = 0.5
 """Share of degenerate texts from which steering has gone too far."""
 
+HALF = 0.5
+"""KL recovered below which adding v* leaves most of the change out."""
+
 RESTORED = 0.9
 """KL recovered from which inversion counts as restoring the base."""
 
@@ -95,13 +98,19 @@ def _reach(start: str, strengths: Sequence[float], metrics: Mapping[str, Json]) 
                 f"{at_one['value']:z.3f} of the KL. Of the strengths tried it comes nearest at "
                 f"λ = {where:g} ({best:z.3f})."
             ]
+    said = []
+    if start == "base" and at_one["value"] < HALF:
+        said.append(
+            f"Adding v* at λ = 1 recovers {at_one['value']:z.3f} of the KL over the answers' "
+            "tokens: most of what tuning changed there is not this one vector at these tokens."
+        )
     if best > at_one["value"] + 0.02:
         verb = "adding" if start == "base" else "taking away"
-        return [
+        said.append(
             f"λ = 1 is not where {verb} v* brings most: {at_one['value']:z.3f} of the KL there, "
             f"{best:z.3f} at λ = {where:g} (picked on the test pairs, so it flatters)."
-        ]
-    return []
+        )
+    return said
 
 
 def _like_random(strengths: Sequence[float], metrics: Mapping[str, Json]) -> list[str]:

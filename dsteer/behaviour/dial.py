@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsteer.activations.extract import PairedActivations
-from dsteer.activations.sites import FINAL_NORM, resolve_sites
+from dsteer.activations.sites import FINAL_NORM, block_of, resolve_sites
 from dsteer.behaviour.curves import Ledger, exponential
 from dsteer.behaviour.diagnoses import diagnose
 from dsteer.behaviour.metrics import (
@@ -67,6 +67,9 @@ SHAM_TEXTS = 8
 
 POSITIONS: tuple[Positions, ...] = ("all", "prompt_last", "generated")
 """The positions among which ``auto`` chooses, with the site."""
+
+TIE = 1e-6
+"""Margins that are no larger are rounding: a tie."""
 
 NOTHING = 1e-8
 """A KL in nats a token that is no larger is nothing to recover."""
@@ -254,11 +257,17 @@ class _Run:
 
     def _encode(self, pairs: Sequence[PreferencePair], answer: str | None = None) -> list[Encoded]:
         new = self.config.response_tokens if answer else self.config.max_new_tokens
-        limits = [self.config.max_tokens]
-        if self.pair.max_positions is not None:
-            limits.append(self.pair.max_positions - (0 if answer else new))
+        limits, reach = [self.config.max_tokens], self.pair.max_positions
+        if reach is not None:
+            if new >= reach:
+                name = "response_tokens" if answer else "max_new_tokens"
+                raise DataError(
+                    f"{self.study.name}.{name}: {new} tokens leave no room for a prompt in the "
+                    f"{reach} that the models were made for; lower it"
+                )
+            limits.append(reach - (0 if answer else new))
         asked = [replace(pair, chosen=getattr(pair, answer)) for pair in pairs] if answer else pairs
-        return encode(
+        encoded = encode(
             self.tokenizer,
             list(asked),
             template=self.study.template,
@@ -266,6 +275,14 @@ class _Run:
             response="chosen" if answer else None,
             response_tokens=new if answer else None,
         )
+        cut = sum(item.truncated for item in encoded)
+        if cut:
+            what = f"the {answer} answers' prompts" if answer else "prompts to answer"
+            self.notes.append(
+                f"{cut} of {len(encoded)} {what} lost their left: with what follows they are "
+                f"longer than {min(limits)} tokens."
+            )
+        return encoded
 
     def _answers(self, pairs: Sequence[PreferencePair], count: int) -> _Answers:
         """Pairs with answers; of prompts alone, the target's own texts are the answers."""
@@ -363,6 +380,10 @@ class _Run:
         self._save(written)
         explorer = self._explorer(written, v)
         write_json(study.folder / "explorer.json", explorer)
+        self.notes.append(
+            "Degenerate outputs are a lower bound: the screen finds empty texts, loops and leaked "
+            "role headers, not words without sense. Read it beside the perplexity."
+        )
         if not test.both:
             self.notes.append(
                 "The test pairs have no answers: teacher-forced metrics read the target's own."
@@ -406,7 +427,7 @@ class _Run:
             },
             "diagnoses": diagnoses,
             "headline": self._headline(site, metrics),
-            "notes": self.notes,
+            "notes": list(dict.fromkeys(self.notes)),
         }
 
     # ------------------------------------------------------------------ choices on tune
@@ -495,8 +516,14 @@ class _Run:
             ]
 
         live = live_range(degenerate, config.max_strength)
+        at_zero = dict(live.probes)[0.0]
+        if at_zero == 1:
+            self.notes.append(
+                "Every output of the start model is degenerate before it is steered, so nothing is "
+                "left to collapse: read the texts before any metric of them."
+            )
         for side, end in (("above", live.high), ("below", live.low)):
-            if end is None:
+            if end is None and at_zero < 1:
                 self.notes.append(
                     f"No collapse {side} λ = 0 up to |λ| = {config.max_strength:g}: the grid ends "
                     "there."
@@ -532,6 +559,13 @@ class _Run:
             self.notes.append(
                 f"v* acts on the tokens {self.positions!r}; the arms at final_norm act on all "
                 "tokens, as in the paper."
+            )
+        block = block_of(site)
+        last = block is None or block == self.pair.n_blocks - 1
+        if self.positions == "prompt_last" and last:
+            self.notes.append(
+                f"At {site} the last prompt token alone is steered, and no block follows: only the "
+                "first token of an answer is chosen otherwise, and curves level off."
             )
         return arms
 
@@ -945,7 +979,7 @@ def _rewards(
     """Margins of the implicit reward (arms, pairs), and whether they are above 0 (a tie: ½)."""
     rewards = beta * (likelihoods - reference)
     margins = rewards[:, : answers.pairs] - rewards[:, answers.pairs :]
-    match = (margins > 0).double() + 0.5 * (margins == 0).double()
+    match = torch.where(margins.abs() < TIE, 0.5, (margins > 0).double())
     return {"reward_margin": margins, "preference_match": match}
 
 

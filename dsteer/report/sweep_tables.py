@@ -240,7 +240,9 @@ def _texts(stage: str, sweep: dict[str, Json]) -> Table:
 
 def _sites(stage: str, sweep: dict[str, Json]) -> Table:
     rows = mapping(sweep.get("sites"))
-    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in mapping(at(row, "kl_recovered"))))
+    kinds = list(
+        dict.fromkeys(kind for row in rows.values() for kind in mapping(at(row, "kl_recovered")))
+    )
     chosen = (sweep.get("site"), sweep.get("positions"))
     return Table(
         f"{stage}-sites",

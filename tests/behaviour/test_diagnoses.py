@@ -122,6 +122,12 @@ def test_inversion_that_does_not_restore_the_base() -> None:
     assert not any("Inversion" in sentence for sentence in say("base", curve))
 
 
+def test_interpolation_that_recovers_little() -> None:
+    (found,) = say("base", (-0.8, 0.0, 0.1, 0.12, 0.0, -1.0))
+    assert "recovers 0.120 of the KL" in found
+    assert say("base", (-0.8, 0.0, 0.4, 0.5, 0.3, -1.0)) == []
+
+
 def test_another_strength_brings_more() -> None:
     (found,) = say("base", (-0.8, 0.0, 0.5, 0.7, 0.8, 0.3))
     assert found.startswith("λ = 1 is not where adding v* brings most")
