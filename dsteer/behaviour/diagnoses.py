@@ -59,7 +59,12 @@ def _too_far(
     said = []
     above = [i for i, strength in enumerate(strengths) if strength >= 0]
     first = next((i for i in above if degenerate[i] >= COLLAPSED), None)
-    if first is not None:
+    if first is not None and strengths[first] == 0:
+        said.append(
+            f"The start model writes {degenerate[first]:.0%} degenerate texts as it is, so what "
+            "steering adds to that can't be told; sampling instead of greedy decoding may help."
+        )
+    elif first is not None:
         said.append(
             f"Over-steering: λ = {strengths[first]:g} is the first from 0 on at which at least "
             f"half of the texts are degenerate ({degenerate[first]:.0%})."

@@ -76,8 +76,8 @@ def grid(live: LiveRange, points: int, limit: float) -> tuple[float, ...]:
     """Rising strengths with 0 that span the live range and go one step past collapse.
 
     A third of the points lie below 0, three at least, the rest above. On each side they grow
-    geometrically up to the collapse, and one more lies past it; 1 and −1 are among them where they
-    lie within.
+    geometrically up to the collapse, and one more lies past it; 1 and −1 are among them,
+    unless the limit is smaller.
 
     Args:
         live: what :func:`live_range` found.
@@ -99,7 +99,7 @@ def _side(collapse: float | None, count: int, limit: float) -> list[float]:
     if values[0] < 1 < end:  # the nearest becomes 1, but never the end
         values[np.abs(np.log(values[:-1])).argmin()] = 1.0
     if collapse is not None:
-        values = np.append(values, end * step)
+        values = np.append(values, max(end * step, 1.0))  # the paper's range is covered
     return _rounded(values)
 
 

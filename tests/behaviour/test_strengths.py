@@ -93,6 +93,7 @@ def check(strengths: Sequence[float], live: LiveRange, points: int, limit: float
         assert inside[-1] == pytest.approx(end, rel=0.05)
         if collapse is not None:  # one step past, and no more than one
             assert 1.1 * end < side[-1]
+            assert side[-1] >= 1.0
             assert inside[-1] <= end * 1.05
         if end > 1.05:
             assert 1.0 in side
