@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -339,7 +341,7 @@ class SweepConfig(Section):
     range_prompts: PositiveInt = Field(16, description="Tune prompts that find the live range.")
     max_new_tokens: PositiveInt = 64
     max_tokens: PositiveInt = Field(768, description="Longer prompts are cut on the left, counted.")
-    temperature: NonNegativeFloat = Field(0.0, description="0: greedy.")
+    temperature: float = Field(0.0, ge=0, lt=math.inf, description="0: greedy.")
     stop: tuple[str, ...] = Field(
         ("\n\nHuman:",), description="A generated text ends before the first of these."
     )
@@ -351,11 +353,34 @@ class SweepConfig(Section):
     samples: str = Field(
         "auto",
         description="Prompts of the λ explorer: test, benign (a shipped list), or a file of "
-        "prompts; auto: test for the synthetic world, else benign.",
+        "prompts; auto: test for the synthetic world, else benign. They stand in the report.",
     )
     sample_prompts: PositiveInt = Field(12, description="Prompts in the λ explorer.")
     bootstrap: PositiveInt = 1000
     confidence: float = Field(0.95, gt=0.5, lt=1)
+
+    @field_validator("site")
+    @classmethod
+    def _a_site(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|final_norm|resid_post\.(0|[1-9]\d*)", value):
+            raise ValueError(f"{value!r} is no site: expected auto, final_norm or resid_post.K")
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("an empty string would end every text before it begins")
+        return value
+
+    @model_validator(mode="after")
+    def _enough_directions(self) -> Self:
+        if self.random_generations > self.random_directions:
+            raise ValueError(
+                f"random_generations {self.random_generations} of random_directions "
+                f"{self.random_directions}: expected no more"
+            )
+        return self
 
     @field_validator("strengths")
     @classmethod
@@ -364,6 +389,8 @@ class SweepConfig(Section):
             return value
         if len(value) < 3 or any(a >= b for a, b in pairwise(value)):
             raise ValueError("needs at least 3 strengths, in rising order, or 'auto'")
+        if not all(math.isfinite(strength) for strength in value):
+            raise ValueError("needs finite numbers")
         if 0.0 not in value:
             raise ValueError("needs the strength 0, the sham arm")
         return value
@@ -415,6 +442,9 @@ class JudgeConfig(Section):
     retries: int = Field(3, ge=0)
     timeout: PositiveFloat = Field(60.0, description="Seconds.")
     refusal: bool = Field(False, description="Ask the judge for refusals too.")
+    prefer: bool = Field(
+        False, description="Compare each text with the target's own too, shown in both orders."
+    )
 
     @field_validator("scale")
     @classmethod

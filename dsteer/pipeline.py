@@ -78,6 +78,15 @@ def outside_inputs(stage: str, config: PipelineConfig) -> dict[str, str | None]:
         add("models.tokenizer", models.tokenizer, None, "model")
     if stage == "activations":
         add("models.tuned", models.tuned, models.tuned_revision, "model")
+    if stage in {"interpolation", "inversion"}:
+        sweep, behaviour = getattr(config, stage), config.behaviour
+        if sweep.samples not in {"auto", "test", "benign"}:
+            add(f"{stage}.samples", sweep.samples, None, "dataset")
+        add("behaviour.reward_model", behaviour.reward_model, None, "model")
+        if behaviour.toxicity is not None:
+            add("behaviour.toxicity.classifier", behaviour.toxicity.classifier, None, "model")
+        if behaviour.truthfulqa is not None:
+            add("behaviour.truthfulqa.path", behaviour.truthfulqa.path, None, "dataset")
     return found
 
 

@@ -145,3 +145,23 @@ def test_configs_are_frozen() -> None:
     config: PipelineConfig = read_pipeline(TRAINED)
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("section", "what"),
+    [
+        ("site: all", "is no site"),
+        ("site: resid_post.x", "is no site"),
+        ("strengths: [-1, 0, .nan]", "rising order|finite"),
+        ("strengths: [-1, 0, .inf]", "finite"),
+        ("strengths: [0.5, 1, 2]", "the sham arm"),
+        ("stop: ['']", "an empty string"),
+        ("temperature: .inf", "less than inf"),
+        ("{random_directions: 2, random_generations: 3}", "expected no more"),
+        ("points: 5", "greater than or equal to 9"),
+    ],
+)
+def test_mistakes_of_a_sweep(section: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what) as caught:
+        read_pipeline(TRAINED + f"vector: {{}}\ninterpolation: {{{section.strip('{}')}}}\n")
+    assert "interpolation" in str(caught.value)

@@ -231,6 +231,24 @@ def test_changed_content_of_an_input_reruns(tmp_path: Path, stages: Stages) -> N
     assert "other content" in steps[0].why
 
 
+def test_changed_content_of_what_a_sweep_reads_reruns_it(tmp_path: Path, stages: Stages) -> None:
+    questions, samples = tmp_path / "questions.csv", tmp_path / "samples.txt"
+    for path in (questions, samples):
+        path.write_text("one")
+    settings = (f"behaviour.truthfulqa.path={questions}", f"inversion.samples={samples}")
+    go(tmp_path / "r", *settings)
+    for path, expected in (
+        (samples, ["inversion", "report"]),
+        (questions, ["interpolation", "inversion", "report"]),
+    ):
+        path.write_text("two")
+        steps = make_plan(config(*settings), Run(tmp_path / "r"))
+        assert [s.stage.name for s in steps if s.action != "skip"] == expected
+        path.write_text("one")
+    with pytest.raises(ConfigError, match=r"inversion\.samples: .*no such file"):
+        make_plan(config("inversion.samples=./nowhere.txt"), Run(tmp_path / "r"))
+
+
 def test_absent_sections_are_absent_from_the_plan(tmp_path: Path) -> None:
     absent = ("base=null", "dpo=null", "geometry=null", "inversion=null", "report=null")
     pair = config(*absent, "models.base=a/b", "models.tuned=a/c")

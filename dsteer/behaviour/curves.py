@@ -109,7 +109,7 @@ class Curves:
                 )
             return None, f"the curve does not reach the target's level up to λ = {grid[-1]:g}"
         inside = found[1:][np.isfinite(found[1:])]
-        if len(inside) < 0.9 * self.draws:
+        if len(sums) < 2 or len(inside) < 0.9 * self.draws:
             return Interval(float(found[0]), None, None, len(columns)), None
         return Interval(float(found[0]), *percentiles(inside, self.confidence), len(columns)), None
 
@@ -249,6 +249,7 @@ class Ledger:
         if entry.random:
             low, high, mean = band(np.stack(entry.random))
             random = {
+                "v": self._same(entry),
                 "low": low, "high": high, "mean": mean,
                 "draws": len(entry.random), "n": entry.random_n,
             }  # fmt: skip
@@ -268,6 +269,16 @@ class Ledger:
             "crossing": self._crossing(entry, curves, begin, target),
             "worst": None if worst is None else [_mean(row) for row in worst],
         }
+
+    def _same(self, entry: Entry) -> list[float | None]:
+        """v*'s own numbers on the prompts of the random directions: the first ``random_n``."""
+        values = entry.values["v"][:, : entry.random_n].double()
+        below = entry.below["v"][:, : entry.random_n] if "v" in entry.below else None
+        weights = (torch.ones_like(values) if below is None else below).masked_fill(
+            values.isnan(), 0
+        )
+        means = (values.nan_to_num(0.0).sum(1) / weights.sum(1)).tolist()
+        return [entry.transform(mean) if math.isfinite(mean) else None for mean in means]
 
     def _crossing(self, entry: Entry, curves: Curves, begin: Json, target: Json) -> Json:
         """The λ-equivalent, or why there is none."""

@@ -97,10 +97,12 @@ def _reach(start: str, strengths: Sequence[float], metrics: Mapping[str, Json]) 
     at_one = points[list(strengths).index(1.0)]
     if start == "tuned":
         low = at_one["value"] if at_one["low"] is None else at_one["low"]
+        high = at_one["value"] if at_one["high"] is None else at_one["high"]
         if low < RESTORED:
+            verdict = "does not restore" if high < RESTORED else "can't be told to restore"
             return [
-                "Inversion at λ = 1 does not restore the base: it recovers "
-                f"{at_one['value']:z.3f} of the KL. Of the strengths tried it comes nearest at "
+                f"Inversion at λ = 1 {verdict} the base: it recovers {at_one['value']:z.3f} "
+                f"[{low:z.3f}, {high:z.3f}] of the KL. Of the strengths tried it comes nearest at "
                 f"λ = {where:g} ({best:z.3f})."
             ]
     said = []
@@ -125,11 +127,10 @@ def _like_random(strengths: Sequence[float], metrics: Mapping[str, Json]) -> lis
     inside = []
     for key in ("kl_recovered", "reward_margin"):
         random = metrics.get(key, {}).get("random")
-        point = metrics.get(key, {}).get("curves", {}).get("v", [None] * len(strengths))[at]
-        if random is None or point is None or random["low"][at] is None:
+        if random is None or random["v"][at] is None or random["low"][at] is None:
             continue
         low = -np.inf if key == "kl_recovered" else random["low"][at]
-        if low <= point["value"] <= random["high"][at]:
+        if low <= random["v"][at] <= random["high"][at]:
             inside.append(metrics[key]["label"])
     if not inside:
         return []

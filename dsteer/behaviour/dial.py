@@ -250,6 +250,15 @@ class _Run:
         self.prompts = list(study.test[: study.config.prompts])
         self.prompt_clusters = [pair.conversation for pair in self.prompts]
         self.encoded = self._encode(self.prompts)
+        behaviour = study.behaviour
+        prompts = [pair.prompt for pair in self.prompts]
+        self.outside = Outside(behaviour, prompts, study.device, self.reporter)
+        asked = behaviour.truthfulqa
+        self.questions = read_questions(asked.path, limit=asked.limit) if asked else []
+        kind = study.config.samples
+        if kind == "auto":
+            kind = "test" if study.synthetic else "benign"
+        self.samples = None if kind == "test" else sample_prompts(kind, study.config.sample_prompts)
         self.decoder_note: str | None = None
         self.fast = True
 
@@ -440,7 +449,7 @@ class _Run:
         study, config = self.study, self.config
         sites = list(study.vectors)
         if config.site != "auto":
-            sites = [resolve_sites(config.site, self.pair.n_blocks)[0]]
+            sites = [resolve_sites((config.site,), self.pair.n_blocks)[0]]
             if sites[0] not in study.vectors:
                 raise MeasurementError(
                     f"site {sites[0]}: the run holds no v* there; name one of "
@@ -554,6 +563,11 @@ class _Run:
             self.notes.append(
                 "The mean e_w − e_l acts at final_norm, scaled to the norm of v* there: its λ "
                 "counts in that norm."
+            )
+        if self.config.random_directions < 20 or self.config.random_generations < 3:
+            self.notes.append(
+                f"The random band is thin: {self.config.random_directions} directions, of which "
+                f"{self.config.random_generations} generate; 20 and 3 are the least for a claim."
             )
         if self.positions != "all" and len(arms) > 1:
             self.notes.append(
@@ -770,11 +784,11 @@ class _Run:
     def _put_texts(self, key: str, name: str, values: Tensor, below: Tensor | None = None) -> None:
         """Values (strengths, prompts) of an arm, a random direction or the target.
 
-        Degenerate outputs are left out, but where they are what is counted.
+        Degenerate outputs are left out, but where they are what is counted: a refusal may loop.
         """
         entry = self.ledger.entry(key, "generated", self.prompt_clusters)
         kept = values
-        if key not in ("degenerate", "length"):
+        if key not in ("degenerate", "length", "refusal", "refusal_loops"):
             kept = values.masked_fill(self.collapsed[name], float("nan"))
         weights = torch.ones_like(kept) if below is None else below
         weights = torch.where(kept.isnan(), 0.0, weights)
@@ -813,26 +827,27 @@ class _Run:
 
     def _outside(self, written: Mapping[str, list[Generated]]) -> None:
         """Reward model, toxicity and judge, where they are configured."""
-        study = self.study
-        prompts = [pair.prompt for pair in self.prompts]
-        outside = Outside(study.behaviour, prompts, study.device, self.reporter)
-        self.absent += outside.absent
-        for key, values in outside.scores.items():
+        self.absent += self.outside.absent
+        for key, values in self.outside.scores.items():
             with self.reporter.bar(key, len(written), unit="arms") as advance:
                 for name, series in written.items():
                     rows = [numbers(values(item.texts)) for item in series]
                     self._put_texts(key, name, torch.stack(rows))
                     advance(1)
-        for reason, count in outside.silent.items():
-            self.notes.append(f"The judge abstained on {count} texts: {reason}.")
+        if self.outside.prefers is not None:
+            aim = written["target"][0].texts
+            for name, series in written.items():
+                if name != "target":
+                    rows = [numbers(self.outside.prefers(item.texts, aim)) for item in series]
+                    self._put_texts("judge_prefers", name, torch.stack(rows))
+        self.notes += [f"{what}: {count}." for what, count in self.outside.remarks.items()]
 
     def _truthfulqa(self, arms: Mapping[str, _Named]) -> None:
-        config = self.study.behaviour.truthfulqa
-        if config is None:
+        questions = self.questions
+        if not questions:
             for key in ("truthfulqa_mc1", "truthfulqa_mc2"):
                 self.absent.append((key, "behaviour.truthfulqa is not configured"))
             return
-        questions = read_questions(config.path, limit=config.limit)
         clusters = [question.text for question in questions]
         v = arms["v"].vector
 
@@ -932,16 +947,13 @@ class _Run:
 
     def _explorer(self, written: Mapping[str, list[Generated]], v: SteeringVector) -> Json:
         study, config = self.study, self.config
-        kind = config.samples
-        if kind == "auto":
-            kind = "test" if study.synthetic else "benign"
         count = config.sample_prompts
-        if kind == "test":
+        if self.samples is None:
             pairs, source = self.prompts[:count], "test prompts"
             steered = [item.texts[:count] for item in written["v"]]
             aim = written["target"][0].texts[:count]
         else:
-            pairs, source = sample_prompts(kind, count)
+            pairs, source = self.samples
             encoded, label = self._encode(pairs), "texts, samples"
             steering = self._steering(v, self.strengths)
             made = self._decode(study.start, encoded, steering, label, "samples")

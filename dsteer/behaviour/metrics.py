@@ -96,7 +96,7 @@ GENERATED: Mapping[str, Metric] = {
     ),
     "perplexity": Metric(
         "perplexity under the base", "", "down",
-        "exp of the mean −ln π_base(token) over all tokens of the generated texts.",
+        "exp of the mean −ln π_base(token) over the tokens of the texts that are not degenerate.",
     ),
     "distinct_2": Metric(
         "distinct-2", "share", None, "Distinct word pairs of a text / word pairs.", 0.0
@@ -121,6 +121,10 @@ GENERATED: Mapping[str, Metric] = {
     ),
     "refusal_judge": Metric(
         "refusal, by judge", "share", None, "The judge's probability that the answer declines."
+    ),
+    "judge_prefers": Metric(
+        "preferred by the judge", "share", "up",
+        "The judge's probability for the text against the target's own, mean of both orders.",
     ),
     "toxicity": Metric("toxicity", "", "down", "The classifier's score of the text."),
     "judge": Metric(

@@ -151,14 +151,15 @@ def steered_states(
     with evaluating(model):
         shares = _shares(model, anatomy, texts, steering)
         pad = shares or padding_is_unseen(model, anatomy, needed)
-        once = min(budget, default_budget(anatomy.device))
-        for batch in plan_batches(lengths, max(max(lengths), once), pad=pad):
-            chosen = [texts[number] for number in batch.prompts]
-            chunk = max(1, budget // (len(chosen) * batch.length))
-            parts = [
-                _states(model, anatomy, chosen, some, shares) for some in steering.split(chunk)
-            ]
-            yield list(batch.prompts), torch.cat(parts)
+    once = min(budget, default_budget(anatomy.device))
+    for batch in plan_batches(lengths, max(max(lengths), once), pad=pad):
+        chosen = [texts[number] for number in batch.prompts]
+        chunk = max(1, budget // (len(chosen) * batch.length))
+        with evaluating(model):  # not across the yield: the caller runs in its own mode
+            states = torch.cat(
+                [_states(model, anatomy, chosen, some, shares) for some in steering.split(chunk)]
+            )
+        yield list(batch.prompts), states
 
 
 def _shares(model: Model, anatomy: Anatomy, texts: Sequence[Encoded], steering: Steering) -> bool:
@@ -171,6 +172,8 @@ def _shares(model: Model, anatomy: Anatomy, texts: Sequence[Encoded], steering: 
         return False
     alone = [_states(model, anatomy, [item], few, False) for item in (by_length[-1], by_length[0])]
     plain = torch.cat(alone, dim=1)
+    if both.shape != plain.shape:
+        return False
     error = float((both - plain).norm() / plain.norm())
     return error <= _SAME.get(anatomy.dtype, _SAME_HALF)
 
@@ -200,6 +203,7 @@ def _states(
         hooks = stack.enter_context(Hooks(model, steering.interventions()))
         hooks.placement = spread(placement, owners)
         output = anatomy.decoder(input_ids=ids, use_cache=False)
+        hooks.require_ran()
     states = Anatomy.read(output[0]).view(len(texts), arms, width, -1)
     return torch.cat(
         [
@@ -212,8 +216,8 @@ def _states(
 
 def same_without_hooks(model: Model, texts: Sequence[Encoded], steering: Steering) -> bool:
     """Whether arms of strength 0 leave the states of some texts as they are, bit for bit."""
-    plain = replace(steering, hooked=False)
-    pairs = zip(
-        steered_states(model, texts, steering), steered_states(model, texts, plain), strict=True
+    hooked, bare = (
+        [states for _, states in steered_states(model, texts, kind)]
+        for kind in (steering, replace(steering, hooked=False))
     )
-    return all(torch.equal(hooked, bare) for (_, hooked), (_, bare) in pairs)
+    return all(torch.equal(a, b) for a, b in zip(hooked, bare, strict=True))

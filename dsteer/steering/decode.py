@@ -440,9 +440,12 @@ class _Journal:
             raise StoreError(f"{path} is no journal of a sweep; remove it, or give another path")
         whole = [line for line in held.splitlines(keepends=True) if line.endswith("\n")]
         if whole and whole[0] == json.dumps(identity) + "\n":
-            for line in whole[1:]:
-                number, rows = json.loads(line)
-                self._done[number] = [_Row(p, a, tuple(t), f) for p, a, t, f in rows]
+            try:
+                for line in whole[1:]:
+                    number, rows = json.loads(line)
+                    self._done[number] = [_Row(p, a, tuple(t), f) for p, a, t, f in rows]
+            except (ValueError, TypeError):
+                self._done, whole = {}, whole[:1]  # damaged: decode again
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(whole) if self._done else json.dumps(identity) + "\n"
@@ -629,6 +632,7 @@ def _plain_logits(
             torch.tensor([arm], device=device),
         )
         output = engine.model(input_ids=torch.tensor([text], device=device), use_cache=False)
+        hooks.require_ran()
     logits: Tensor = output.logits[0, prompt_length - 1 :].float()
     return logits
 

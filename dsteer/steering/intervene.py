@@ -362,6 +362,18 @@ class Hooks:
         """The sites whose modules have not run since the placement was set."""
         return tuple(site for site in self._at if site not in self._ran)
 
+    def require_ran(self) -> None:
+        """Check after a pass that every site was steered.
+
+        Raises:
+            ModelError: a site's module did not run as one: fused code passes hooks by.
+        """
+        if self.silent:
+            raise ModelError(
+                f"{self.silent[0]}: its module was not called as one, so it can't be steered; load "
+                "the model without fused kernels"
+            )
+
     def __enter__(self) -> Hooks:
         try:
             for site, module in self._modules.items():
@@ -479,12 +491,10 @@ def steer(
         hooks.placement = passes.place(decoder, args, kwargs)
 
     def after(_decoder: nn.Module, _inputs: object, _output: object) -> None:
-        silent, hooks.placement = hooks.silent, None
-        if silent:
-            raise ModelError(
-                f"{silent[0]}: its module was not called as one, so it can't be steered; load the "
-                "model without fused kernels"
-            )
+        try:
+            hooks.require_ran()
+        finally:
+            hooks.placement = None
 
     decoder = model.get_decoder()
     with contextlib.ExitStack() as stack:

@@ -168,7 +168,10 @@ class Rows:
                 stack.enter_context(expanding(self._anatomy, self._steering.site, self._arms))
                 hooks = stack.enter_context(Hooks(self._model, self._steering.interventions()))
                 hooks.placement = spread(placement, self._owner[: len(prompts) * self._arms])
-            self._anatomy.decoder(input_ids=ids, past_key_values=self._cache, use_cache=True)
+                self._anatomy.decoder(input_ids=ids, past_key_values=self._cache, use_cache=True)
+                hooks.require_ran()
+            else:
+                self._anatomy.decoder(input_ids=ids, past_key_values=self._cache, use_cache=True)
 
     @property
     def _steers_prompts(self) -> bool:
@@ -189,6 +192,7 @@ class Rows:
             past_key_values=self._cache,
             use_cache=True,
         )
+        self._hooks.require_ran()
         self._steps += 1
         logits: Tensor = output.logits[:, -1]
         return logits

@@ -28,7 +28,8 @@ def metric(
     label: str = "it",
 ) -> Any:
     band = None if random is None else {
-        "low": [random[0]] * len(values), "high": [random[1]] * len(values), "draws": 20
+        "low": [random[0]] * len(values), "high": [random[1]] * len(values), "draws": 20,
+        "v": list(values),
     }  # fmt: skip
     points = [interval(value) for value in values]
     return {

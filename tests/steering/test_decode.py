@@ -705,3 +705,30 @@ def test_all_returns_after_a_failure(llama: Any, calls: int, fast: bool) -> None
         run(llama, new=20, fast=fast or None)
     assert state_of(llama) == before
     assert run(llama).tokens == wanted.tokens
+
+
+def test_a_model_whose_code_passes_hooks_by_is_refused() -> None:
+    model = build("llama")
+    block = model.model.layers[1]
+    fused = {"__call__": lambda self, *a, **k: self.forward(*a, **k)}
+    block.__class__ = type("Fused", (type(block),), fused)
+    vector = SteeringVector(torch.ones(32), "resid_post.1")
+    for fast in (None, False):
+        with pytest.raises(ModelError, match="was not called as one"):
+            dsteer.sweep(
+                model, byte_tokenizer(), prompts_of((3, 5)), vector, [0.0, 1.0], 4, fast=fast
+            )
+
+
+def test_a_damaged_journal_is_decoded_again(tmp_path: Path) -> None:
+    model, path = build("llama"), tmp_path / "journal.jsonl"
+    vector = SteeringVector(torch.ones(32), "resid_post.1")
+
+    def go() -> Any:
+        prompts = prompts_of((3, 5))
+        return dsteer.sweep(model, byte_tokenizer(), prompts, vector, [0.0, 1.0], 4, path=path)
+
+    first = go()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + "[0, [[broken\n")
+    assert go().tokens == first.tokens

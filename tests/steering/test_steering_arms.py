@@ -17,6 +17,7 @@ from test_architectures import build, prompts_of
 
 from dsteer.activations.capture import Capture
 from dsteer.data.tokens import Encoded, encode
+from dsteer.errors import ModelError
 from dsteer.models.anatomy import Anatomy
 from dsteer.models.readout import Readout
 from dsteer.steering import arms as module
@@ -165,3 +166,27 @@ def divergence(readout: Readout, tuned: Tensor, steered: Tensor) -> Tensor:
         q = readout(states).double().log_softmax(-1)
         largest.append((p.exp() * (p - q)).sum(-1).max())
     return torch.stack(largest)
+
+
+def test_the_caller_stays_in_its_own_mode() -> None:
+    model, texts, what = build("llama"), answered(), steering("resid_post.1")
+    assert same_without_hooks(model, texts, Steering("resid_post.1", (Arm(vectors(1)[0], 0.0),)))
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    model.train()
+    states = steered_states(model, texts, what, batch_tokens=8)
+    next(states)
+    assert model.training
+    assert not torch.is_inference_mode_enabled()
+    weight = torch.ones(2, requires_grad=True)
+    weight.sum().backward()  # between two batches
+
+
+def test_a_model_whose_code_passes_hooks_by_is_refused() -> None:
+    model = build("llama")
+    block = model.model.layers[1]
+    block.__class__ = type(
+        "Fused", (type(block),), {"__call__": lambda self, *a, **k: self.forward(*a, **k)}
+    )
+    with pytest.raises(ModelError, match=r"resid_post\.1: its module was not called as one"):
+        list(steered_states(model, answered(), steering("resid_post.1")))
