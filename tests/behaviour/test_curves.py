@@ -193,7 +193,7 @@ def test_a_ledger_describes_a_mean() -> None:
     assert got["worst"] == pytest.approx(values.nan_to_num(-1.0).mean(1).tolist())
     assert got["random"] == {
         "low": [0.1] * 6, "high": [0.4] * 6, "mean": pytest.approx([0.25] * 6),
-        "draws": 3, "n": 11,
+        "draws": 3, "n": 11, "v": pytest.approx(values[:, :11].nanmean(1).tolist()),
     }  # fmt: skip
 
 
