@@ -64,8 +64,8 @@ class Bench:
         torch.manual_seed(0)
         # Weights of this size keep the two largest logits apart, as a trained model's are.
         config = LlamaConfig(
-            **shape, max_position_embeddings=2048, initializer_range=2 * shape["hidden_size"] ** -0.5,
-            bos_token_id=None, eos_token_id=None, pad_token_id=0,
+            **shape, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None,
+            pad_token_id=0, initializer_range=2 * shape["hidden_size"] ** -0.5,
         )  # fmt: skip
         self.model = LlamaForCausalLM(config).to(self.device, getattr(torch, arguments.dtype))
         self.model.eval()
@@ -187,7 +187,8 @@ def main() -> None:
     tokens = len(lengths) * len(STRENGTHS) * NEW_TOKENS
     ours = statistics.median(times["dsteer"])
     print(
-        f"\n{arguments.shape}, {arguments.dtype}, {bench.device}, {torch.get_num_threads()} threads, "
+        f"\n{arguments.shape}, {arguments.dtype}, {bench.device}, "
+        f"{torch.get_num_threads()} threads, "
         f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens (median "
         f"{statistics.median(lengths):g}) × {len(STRENGTHS)} strengths × {NEW_TOKENS} new tokens, "
         f"greedy; medians of {arguments.repeats}\n"
