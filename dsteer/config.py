@@ -352,8 +352,8 @@ class SweepConfig(Section):
     memory_mb: PositiveInt = Field(1024, description="Memory for cached keys, values and logits.")
     samples: str = Field(
         "auto",
-        description="Prompts of the λ explorer: test, benign (a shipped list), or a file of "
-        "prompts; auto: test for the synthetic world, else benign. They stand in the report.",
+        description="Prompts of the λ explorer, which the report shows with their answers: test, "
+        "benign (a shipped list), none, or a file; auto: test for the synthetic world, else benign.",
     )
     sample_prompts: PositiveInt = Field(12, description="Prompts in the λ explorer.")
     bootstrap: PositiveInt = 1000

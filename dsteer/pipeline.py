@@ -80,7 +80,7 @@ def outside_inputs(stage: str, config: PipelineConfig) -> dict[str, str | None]:
         add("models.tuned", models.tuned, models.tuned_revision, "model")
     if stage in {"interpolation", "inversion"}:
         sweep, behaviour = getattr(config, stage), config.behaviour
-        if sweep.samples not in {"auto", "test", "benign"}:
+        if sweep.samples not in {"auto", "test", "benign", "none"}:
             add(f"{stage}.samples", sweep.samples, None, "dataset")
         add("behaviour.reward_model", behaviour.reward_model, None, "model")
         if behaviour.toxicity is not None:

@@ -258,7 +258,9 @@ class _Run:
         kind = study.config.samples
         if kind == "auto":
             kind = "test" if study.synthetic else "benign"
-        self.samples = None if kind == "test" else sample_prompts(kind, study.config.sample_prompts)
+        self.shows = kind != "none"
+        own = kind in {"test", "none"}
+        self.samples = None if own else sample_prompts(kind, study.config.sample_prompts)
         self.decoder_note: str | None = None
         self.fast = True
 
@@ -387,8 +389,11 @@ class _Run:
             start, site, strengths, metrics, texts["degenerate"], study.held_out_cosine(site)
         )
         self._save(written)
-        explorer = self._explorer(written, v)
-        write_json(study.folder / "explorer.json", explorer)
+        explorer = study.folder / "explorer.json"
+        if self.shows:
+            write_json(explorer, self._explorer(written, v))
+        else:
+            explorer.unlink(missing_ok=True)
         self.notes.append(
             "Degenerate outputs are a lower bound: the screen finds empty texts, loops and leaked "
             "role headers, not words without sense. Read it beside the perplexity."

@@ -10,7 +10,7 @@ from dsteer.store import Json
 
 
 def run(context: StageContext) -> Json:
-    """Sweep the strength; write ``explorer.json`` and ``generations.jsonl``."""
+    """Sweep the strength; write ``generations.jsonl`` and, with samples, ``explorer.json``."""
     study = Study.of(
         context.config,
         context.config.inversion or InversionConfig(),

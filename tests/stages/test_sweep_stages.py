@@ -448,6 +448,9 @@ def test_samples(copied: tuple[Path, Any], tmp_path: Path) -> None:
     assert all("Human: " in prompt for prompt in asked(real))
     assert real == explored("benign")
     assert "words about" in asked(explored("test", **PREFERENCES))[0]
+    none = {"samples": "none", "strengths": [0.0, 1.0, 2.0], "random_generations": 0}
+    sweep(run, settings, "inversion", none)
+    assert not (run / "inversion" / "explorer.json").exists(), "an older one goes too"
 
 
 def test_metrics_from_outside(copied: tuple[Path, Any], tmp_path: Path) -> None:
