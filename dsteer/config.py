@@ -353,7 +353,7 @@ class SweepConfig(Section):
     samples: str = Field(
         "auto",
         description="Prompts of the λ explorer, which the report shows with their answers: test, "
-        "benign (a shipped list), none, or a file; auto: test for the synthetic world, else benign.",
+        "benign (a shipped list), none, or a file; auto: test in the synthetic world, else benign.",
     )
     sample_prompts: PositiveInt = Field(12, description="Prompts in the λ explorer.")
     bootstrap: PositiveInt = 1000
