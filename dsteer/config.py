@@ -514,6 +514,11 @@ class PipelineConfig(Section):
             )
         return self
 
+    @property
+    def reward_beta(self) -> float:
+        """β of the loss and of the implicit reward: that of ``dpo``, or its default without one."""
+        return (self.dpo or DpoConfig()).beta
+
     def seed_for(self, *names: str) -> int:
         """A seed for one purpose, independent of the seeds of all other purposes."""
         digest = hashlib.sha256("/".join((str(self.seed), *names)).encode()).digest()

@@ -127,6 +127,13 @@ def _first_zero(grid: np.ndarray, gap: np.ndarray) -> float:
     return float("nan")
 
 
+def means(values: Float[Tensor, "s n"], below: Float[Tensor, "s n"] | None) -> Float[Tensor, " s"]:
+    """Σ values / Σ below of each row, or the mean; NaN: left out, and where nothing is left."""
+    weights = torch.ones_like(values) if below is None else below
+    weights = torch.where(values.isnan(), 0.0, weights)
+    return values.nan_to_num(0.0).double().sum(1) / weights.double().sum(1)
+
+
 def band(
     values: Float[np.ndarray, "draws s"],
 ) -> tuple[list[float | None], list[float | None], list[float | None]]:
@@ -272,13 +279,9 @@ class Ledger:
 
     def _same(self, entry: Entry) -> list[float | None]:
         """v*'s own numbers on the prompts of the random directions: the first ``random_n``."""
-        values = entry.values["v"][:, : entry.random_n].double()
         below = entry.below["v"][:, : entry.random_n] if "v" in entry.below else None
-        weights = (torch.ones_like(values) if below is None else below).masked_fill(
-            values.isnan(), 0
-        )
-        means = (values.nan_to_num(0.0).sum(1) / weights.sum(1)).tolist()
-        return [entry.transform(mean) if math.isfinite(mean) else None for mean in means]
+        found = means(entry.values["v"][:, : entry.random_n], below).tolist()
+        return [entry.transform(mean) if math.isfinite(mean) else None for mean in found]
 
     def _crossing(self, entry: Entry, curves: Curves, begin: Json, target: Json) -> Json:
         """The λ-equivalent, or why there is none."""

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dsteer.behaviour.strengths import COLLAPSED
 from dsteer.store import Json
 
 HETEROGENEOUS = 0.85
 """A held-out cosine below it says that the change is not one shared direction."""
-
-COLLAPSED = 0.5
-"""Share of degenerate texts from which steering has gone too far."""
 
 HALF = 0.5
 """KL recovered below which adding v* leaves most of the change out."""

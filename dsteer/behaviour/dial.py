@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsteer.activations.extract import PairedActivations
 from dsteer.activations.sites import FINAL_NORM, block_of, resolve_sites
-from dsteer.behaviour.curves import Ledger, exponential
+from dsteer.behaviour.curves import Ledger, exponential, means
 from dsteer.behaviour.diagnoses import diagnose
 from dsteer.behaviour.metrics import (
     Generated,
@@ -73,9 +73,6 @@ TIE = 1e-6
 
 NOTHING = 1e-8
 """A KL in nats a token that is no larger is nothing to recover."""
-
-BETA = 0.1
-"""β of the implicit reward where the pipeline trains no model."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ class Study:
             test=read_pairs(inputs["data"] / "test.jsonl"),
             synthetic=all(isinstance(s, SyntheticSource) for s in config.data.sources),
             template=config.activations.template if config.activations else "none",
-            beta=config.dpo.beta if config.dpo else BETA,
+            beta=config.reward_beta,
             device=config.models.device,
             seed=seed,
             folder=folder,
@@ -630,14 +627,17 @@ class _Run:
                 reporter=self.reporter, label="teacher-forced, random",
             )  # fmt: skip
             del model
-        zero = strengths.index(0.0)
         own = own_likelihoods(aims, test.texts)
         for name, scores in found.items():
-            self._put(name, scores, zero, test, self._reference(scores, zero, own))
+            for key, (values, below) in self._measured(scores, test, own).items():
+                entry = self.ledger.entry(key, "teacher_forced", test.clusters)
+                entry.values[name] = values
+                if below is not None:
+                    entry.below[name] = below
         if test.both:
-            reference = self._reference(found["v"], zero, own)
-            for name, values in _rewards(own[None], reference, test, study.beta).items():
-                self.ledger.entries[name].target = values[0]
+            reference = self._reference(found["v"], own)
+            for name, target in _rewards(own[None], reference, test, study.beta).items():
+                self.ledger.entries[name].target = target[0]
         else:
             for name in ("reward_margin", "preference_match"):
                 self.absent.append((name, "the test pairs have no rejected answers"))
@@ -649,71 +649,47 @@ class _Run:
         }
         for name, level in levels.items():
             self.ledger.entries[name].level = float(level)
-        self._put_random(random, few, zero, own[index], len(draws))
+        n = len(strengths)
+        for start in range(0, len(many), n):
+            drawn = random.under(slice(start, start + n))
+            for key, (values, below) in self._measured(drawn, few, own[index]).items():
+                self.ledger.entries[key].random.append(means(values, below).numpy())
+        for entry in self.ledger.entries.values():
+            entry.random_n = few.pairs
 
-    def _put(
-        self,
-        name: str,
-        scores: Scores,
-        zero: int,
-        test: _Answers,
-        reference: Tensor,
-    ) -> None:
-        """An arm's values of every teacher-forced metric."""
-        chosen = slice(0, test.pairs)
-        mine = scores.of(chosen)
+    def _measured(
+        self, scores: Scores, answers: _Answers, target: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Every teacher-forced metric at each strength of one direction.
+
+        Args:
+            scores: at each strength.
+            answers: what was scored.
+            target: the target's own log-likelihoods of them.
+
+        Returns:
+            Values (strengths, pairs), and what their sum is divided by where that is no count.
+        """
+        mine, zero = scores.of(slice(0, answers.pairs)), self.strengths.index(0.0)
         tokens = mine.tokens.double()
-        for key, after, before in (
-            ("kl_recovered", mine.kl, mine.kl[zero]),
-            ("kl_recovered_reverse", mine.kl_reverse, mine.kl_reverse[zero]),
-        ):
-            curve = self.ledger.entry(key, "teacher_forced", test.clusters)
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for key, after in (("kl_recovered", mine.kl), ("kl_recovered_reverse", mine.kl_reverse)):
+            before = after[zero]
             nothing = float(before.sum()) <= NOTHING * float(tokens.sum())
-            curve.values[name] = before - after
-            curve.below[name] = (torch.zeros_like(before) if nothing else before).expand_as(after)
-        first = self.ledger.entry("kl_first_token", "teacher_forced", test.clusters)
-        first.values[name] = mine.kl_first
-        agreement = self.ledger.entry("top1_agreement", "teacher_forced", test.clusters)
-        agreement.values[name], agreement.below[name] = (
-            mine.agreement,
-            tokens.expand_as(mine.agreement),
-        )
-        if test.both:
-            rewards = _rewards(scores.log_likelihood, reference, test, self.study.beta)
-            for key, values in rewards.items():
-                self.ledger.entry(key, "teacher_forced", test.clusters).values[name] = values
+            below = torch.zeros_like(before) if nothing else before
+            found[key] = before - after, below.expand_as(after)
+        found["kl_first_token"] = mine.kl_first, None
+        found["top1_agreement"] = mine.agreement, tokens.expand_as(mine.agreement)
+        if answers.both:
+            reference = self._reference(scores, target)
+            rewards = _rewards(scores.log_likelihood, reference, answers, self.study.beta)
+            found |= {key: (values, None) for key, values in rewards.items()}
+        return found
 
-    def _reference(self, scores: Scores, zero: int, target: Tensor) -> Tensor:
+    def _reference(self, scores: Scores, target: Tensor) -> Tensor:
         """The base's own log-likelihoods: the start's at λ = 0, or the target's."""
-        return scores.log_likelihood[zero] if self.study.start == "base" else target
-
-    def _put_random(
-        self, scores: Scores, few: _Answers, zero: int, target: Tensor, draws: int
-    ) -> None:
-        n, size = len(self.strengths), few.pairs
-        mine = scores.of(slice(0, size))
-        for draw in range(draws):
-            rows = slice(draw * n, (draw + 1) * n)
-            sums = {
-                "kl_recovered": mine.kl[rows].sum(1),
-                "kl_recovered_reverse": mine.kl_reverse[rows].sum(1),
-            }
-            for key, after in sums.items():
-                before = float(after[zero])
-                known = before > NOTHING * float(mine.tokens.sum())
-                value = 1 - after / before if known else torch.full_like(after, float("nan"))
-                self.ledger.entries[key].random.append(value.numpy())
-            self.ledger.entries["kl_first_token"].random.append(mine.kl_first[rows].mean(1).numpy())
-            agreement = mine.agreement[rows].sum(1) / mine.tokens.sum()
-            self.ledger.entries["top1_agreement"].random.append(agreement.numpy())
-            if few.both:
-                part = scores.log_likelihood[rows]
-                reference = part[zero] if self.study.start == "base" else target
-                rewards = _rewards(part, reference, few, self.study.beta)
-                for key, values in rewards.items():
-                    self.ledger.entries[key].random.append(values.mean(1).numpy())
-        for curve in self.ledger.entries.values():
-            curve.random_n = size
+        at_zero = scores.log_likelihood[self.strengths.index(0.0)]
+        return at_zero if self.study.start == "base" else target
 
     # ------------------------------------------------------------------ sham
 
@@ -800,8 +776,8 @@ class _Run:
         if name == "target":
             entry.target, entry.target_below = kept[0], weights[0]
         elif name.startswith("random-"):
-            means = kept.nan_to_num(0.0).sum(1) / weights.sum(1)  # 0/0: NaN
-            entry.random.append(np.array([entry.transform(x) for x in means.tolist()]))
+            found = means(kept, weights).tolist()
+            entry.random.append(np.array([entry.transform(mean) for mean in found]))
             entry.random_n = values.shape[1]
         else:
             entry.values[name], entry.below[name] = kept, weights

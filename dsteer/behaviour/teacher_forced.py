@@ -56,6 +56,11 @@ class Scores:
     agreement: Float[Tensor, "a n"]
     tokens: Int[Tensor, " n"]
 
+    def under(self, arms: slice) -> Scores:
+        """The scores under some of the arms."""
+        values = {name: value[arms] for name, value in vars(self).items() if name != "tokens"}
+        return Scores(**values, tokens=self.tokens)
+
     def of(self, texts: slice) -> Scores:
         """The scores of some of the answers."""
         values = {name: value[..., texts] for name, value in vars(self).items()}

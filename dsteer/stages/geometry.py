@@ -48,9 +48,6 @@ from dsteer.store import Json, write_tensors
 from dsteer.training.divergence import DivergentPairs
 from dsteer.training.gradients import MarginGradients, margin_gradients
 
-BETA = 0.1
-"""β of the loss where the pipeline trains no model."""
-
 RANDOM_COSINES = 20_000
 """Cosines of independent random directions that the null of figure 1b shows."""
 
@@ -205,8 +202,7 @@ class _Measure:
 
     @property
     def beta(self) -> float:
-        dpo = self.context.config.dpo
-        return dpo.beta if dpo else BETA
+        return self.context.config.reward_beta
 
     def mean(self, values: Tensor, keys: Sequence[str]) -> Json:
         interval = bootstrap_mean(
@@ -672,7 +668,8 @@ def _about_gradients(
             "reaches down to the 95 % quantile under random signs."
         )
     if context.config.dpo is None:
-        notes.append(f"The pipeline trains no model: gradients were taken with β = {BETA:g}.")
+        beta = context.config.reward_beta
+        notes.append(f"The pipeline trains no model: gradients were taken with β = {beta:g}.")
     elif context.config.dpo.loss_type != "sigmoid":
         notes.append(
             f"The model was trained with the {context.config.dpo.loss_type} loss; the gradients "
