@@ -9,19 +9,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from dsteer.errors import ModelError
+from dsteer.models.families import refuse_kind
 from dsteer.models.load import Model
+from dsteer.models.placement import execution_device
+from dsteer.models.seq2seq import is_encoder_decoder, is_post_norm, refuse_family, start_ids
+
+# What some families call the norm behind their last block, though it is none of an embedding.
+_FINAL_NORMS = frozenset({"embedding_norm"})
+_OTHER_NORMS = ("embed", "per_layer")  # of the embeddings, Gemma 4's in each block among them
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a decoder-only language model. Every number comes from the model itself.
+    """The parts of a language model. Every number comes from the model itself.
+
+    Of an encoder-decoder model, decoder, blocks and final norm are the decoder's.
 
     Attributes:
         decoder: the model without its head; called with ids it returns the final_norm states first.
         blocks: its blocks, in order; block k writes resid_post.k.
-        final_norm: the norm after the last block, whose output the unembedding reads.
+        final_norm: the norm after the last block, whose output the unembedding reads; of a
+            post-norm model, which has none, the last block.
         width: d, the width of the residual stream.
         n_blocks: L.
         input_embedding: the token embedding.
@@ -30,6 +41,8 @@ class Anatomy:
         max_positions: the longest sequence that the model was made for; None if it has no limit.
         device: where the token ids must be.
         dtype: what the model computes in, that of its token embedding.
+        encoder: the encoder; None of a decoder-only model.
+        start: the tokens that the decoder begins with; None of a decoder-only model.
     """
 
     decoder: nn.Module
@@ -43,51 +56,60 @@ class Anatomy:
     max_positions: int | None
     device: torch.device
     dtype: torch.dtype
+    encoder: nn.Module | None = None
+    start: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, model: Model) -> Anatomy:
         """Find the parts of a model (of a PEFT model, those of the model inside it).
 
         Raises:
-            ModelError: the model is compiled, is no decoder-only transformers model, steers through
-                learned prompts, or keeps its residual stream in another form than (B, T, d).
+            ModelError: the model is compiled, is no transformers language model of a family that is
+                read, steers through learned prompts, or keeps its residual stream in another form
+                than (B, T, d).
         """
         name = model_name(model)
         _refuse(model, name)
         text = text_config(model.config)
         decoder = model.get_decoder()
-        n_blocks, width = int(text.num_hidden_layers), int(text.hidden_size)
+        n_blocks, width = count_blocks(model.config), int(text.hidden_size)
         if getattr(text, "altup_num_inputs", 1) > 1:
             raise ModelError(
                 f"{name}: {text.model_type} carries {text.altup_num_inputs} residual streams at "
                 "once; expected one state a token"
             )
         holder, blocks = _find_blocks(decoder, n_blocks, name)
+        if len(set(map(id, blocks))) < n_blocks:
+            raise ModelError(
+                f"{name}: some of its {n_blocks} blocks are one module, which runs several times a "
+                "pass; expected a module a block"
+            )
         input_embedding = model.get_input_embeddings()
         output_embedding = model.get_output_embeddings()
         return cls(
             decoder=decoder,
             blocks=blocks,
-            final_norm=_find_final_norm(holder, name),
+            final_norm=blocks[-1] if is_post_norm(model.config) else _find_final_norm(holder, name),
             width=width,
             n_blocks=n_blocks,
             input_embedding=input_embedding,
             output_embedding=output_embedding,
-            tied=output_embedding is not None
-            and output_embedding.weight.data_ptr() == input_embedding.weight.data_ptr(),
+            tied=_tied(input_embedding, output_embedding, text),
             max_positions=max_positions(model.config),
-            device=input_embedding.weight.device,
+            device=execution_device(input_embedding),
             dtype=input_embedding.weight.dtype,
+            encoder=model.get_encoder() if is_encoder_decoder(model.config) else None,
+            start=start_ids(model),
         )
 
     @staticmethod
     def read(output: object) -> Tensor:
-        """The state in what a block returned: the output itself, or the first part of a tuple.
+        """The state in what a module returned: the output itself, or the first of several parts.
 
         Raises:
             ModelError: it is no state of shape (B, T, d).
         """
-        state = output[0] if isinstance(output, tuple | list) else output
+        state = output[0] if isinstance(output, tuple | list | ModelOutput) else output
         if not isinstance(state, Tensor) or state.ndim != 3:
             shape = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
             raise ModelError(
@@ -97,7 +119,9 @@ class Anatomy:
 
     @staticmethod
     def write(output: Any, state: Tensor) -> Any:
-        """What a block returned, with its state replaced."""
+        """What a module returned, with its state replaced."""
+        if isinstance(output, ModelOutput):
+            return type(output)(**{**output, next(iter(output)): state})
         if isinstance(output, tuple | list):
             return type(output)((state, *output[1:]))
         return state
@@ -119,6 +143,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def text_config(config: Any) -> Any:
     """The part of a config that describes the text decoder; all of it, unless multimodal."""
     return config.get_text_config(decoder=True)
+
+
+def count_blocks(config: Any) -> int:
+    """L, the blocks of a model; of an encoder-decoder model, those of its decoder."""
+    text = text_config(config)
+    own = getattr(text, "num_decoder_layers", None) if is_encoder_decoder(config) else None
+    return int(text.num_hidden_layers if own is None else own)
 
 
 def max_positions(config: Any) -> int | None:
@@ -158,10 +189,10 @@ def _refuse(model: Model, name: str) -> None:
     if not hasattr(model, "get_decoder") or not hasattr(model, "config"):
         raise ModelError(
             f"{name} is no transformers language model (it has no get_decoder); expected what "
-            "AutoModelForCausalLM loads"
+            "AutoModelForCausalLM or AutoModelForSeq2SeqLM loads"
         )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder model; expected a decoder-only one")
+    refuse_family(model.config, name)
+    refuse_kind(model.config, name)
     adapter = getattr(model, "active_peft_config", None)
     if adapter is not None and adapter.is_prompt_learning:
         raise ModelError(
@@ -170,8 +201,17 @@ def _refuse(model: Model, name: str) -> None:
         )
 
 
+def _tied(input_embedding: nn.Module, output_embedding: nn.Module | None, text: Any) -> bool:
+    if output_embedding is None:
+        return False
+    weights: list[Any] = [input_embedding.weight, output_embedding.weight]
+    if any(weight.device.type == "meta" for weight in weights):  # not in memory: no address
+        return bool(getattr(text, "tie_word_embeddings", False))
+    return bool(weights[0].data_ptr() == weights[1].data_ptr())
+
+
 def _find_blocks(decoder: nn.Module, n_blocks: int, name: str) -> tuple[nn.Module, nn.ModuleList]:
-    """The shallowest list of ``num_hidden_layers`` modules, and the module that holds it."""
+    """The shallowest list of ``n_blocks`` modules, and the module that holds it."""
     found: list[tuple[int, nn.Module, nn.ModuleList]] = []
     for path, holder in decoder.named_modules():
         for child in holder.children():
@@ -188,11 +228,16 @@ def _find_blocks(decoder: nn.Module, n_blocks: int, name: str) -> tuple[nn.Modul
 
 
 def _find_final_norm(holder: nn.Module, name: str) -> nn.Module:
-    """The one norm beside the blocks that does not belong to the embedding."""
+    """The one norm beside the blocks that belongs neither to the embedding nor into blocks.
+
+    Where an adapter trained it whole, that is PEFT's module around the norm and its copy: the
+    output is of the one in use.
+    """
     norms = [
         child
         for attribute, child in holder.named_children()
-        if "norm" in type(child).__name__.lower() and "embed" not in attribute
+        if "norm" in type(getattr(child, "original_module", child)).__name__.lower()
+        and (attribute in _FINAL_NORMS or not any(word in attribute for word in _OTHER_NORMS))
     ]
     if len(norms) != 1:
         raise ModelError(

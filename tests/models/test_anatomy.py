@@ -39,6 +39,26 @@ def test_parts_through_an_adapter() -> None:
     assert anatomy.final_norm is model.model.norm
 
 
+def test_final_norm_that_an_adapter_trained() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_llama()
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+    wrapped = get_peft_model(model, config)
+    anatomy, caught = Anatomy.of(wrapped), []
+    assert anatomy.final_norm is model.model.norm
+    anatomy.final_norm.modules_to_save["default"].weight.data *= 3  # the copy is in use
+    anatomy.final_norm.register_forward_hook(lambda _m, _a, output: caught.append(output))
+    ids = torch.tensor([[0, 5, 6]])
+    with evaluating(wrapped):
+        (state,) = [wrapped(ids, output_hidden_states=True).hidden_states[-1]]
+        with wrapped.disable_adapter():
+            wrapped(ids)
+    assert torch.equal(caught[0], state)
+    assert not torch.allclose(caught[1], state, atol=1e-2)
+    assert torch.equal(caught[1], tiny_llama().model(ids).last_hidden_state)
+
+
 def test_embedding_norm_is_not_the_final_norm() -> None:
     model = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=32, hidden_size=16, n_layer=2, n_head=2))
     assert Anatomy.of(model).final_norm is model.transformer.ln_f
@@ -66,9 +86,14 @@ def test_compiled_models_are_refused() -> None:
 
 
 def encoder_decoder() -> nn.Module:
-    return tf.T5ForConditionalGeneration(
-        tf.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
-    )
+    return tf.LEDForConditionalGeneration(
+        tf.LEDConfig(
+            vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1,
+            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+            decoder_ffn_dim=16, attention_window=4, max_encoder_position_embeddings=32,
+            max_decoder_position_embeddings=32,
+        )
+    )  # fmt: skip
 
 
 def post_norm_opt() -> nn.Module:
@@ -101,7 +126,7 @@ def headless_depth() -> nn.Module:
     ("build", "message"),
     [
         (lambda: nn.Linear(2, 2), "Linear is no transformers language model"),
-        (encoder_decoder, "encoder-decoder"),
+        (encoder_decoder, "led model, an encoder-decoder that is not read: its encoder pads"),
         (post_norm_opt, "0 norms stand beside the blocks"),
         (learned_prompt, "works by learned prompts"),
         (several_streams, "4 residual streams at once"),

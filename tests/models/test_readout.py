@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers as tf
+from peft import LoraConfig, get_peft_model
 from planted import tiny_llama
 
 from dsteer.errors import ModelError
 from dsteer.models.readout import Readout
+
+# PEFT asks transformers for a name that transformers has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 IDS = torch.tensor([[5, 9, 3, 7, 1]])
 
@@ -47,6 +53,38 @@ def test_equals_the_models_own_logits(name: str) -> None:
     # two float32 products of the same numbers: 1e-6 of the largest logit, with room
     assert (logits - out.logits[0]).abs().max() < 1e-5 * out.logits.abs().max()
     assert readout.linear == (name != "gemma2 (soft cap)")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "with a bias"])
+def test_head_with_an_adapter(kind: str) -> None:
+    """What such a head computes, not the weight under it; with the adapter off, that weight."""
+    model, biased = tiny_llama(), kind == "with a bias"
+    if biased:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(260))
+    plain = model.lm_head.weight.detach().clone()
+    config = LoraConfig(
+        r=2,
+        target_modules=["lm_head"],
+        init_lora_weights=False,
+        lora_dropout=0.5,
+        use_dora=kind == "dora",
+    )
+    wrapped = get_peft_model(model, config)
+    wrapped.train()
+    readout = Readout.of(wrapped)
+    assert model.lm_head.lora_dropout["default"].training
+    assert (readout.bias is not None) == biased
+    wrapped.eval()
+    with torch.no_grad():
+        states = model.model(IDS).last_hidden_state[0]
+        merged = copy.deepcopy(model.lm_head)
+        merged.merge()  # PEFT's own effective weight
+        logits = wrapped(IDS).logits[0]
+    # float32 rounding of W + BA, or of it less a bias of size 1
+    assert torch.allclose(readout.weight, merged.get_base_layer().weight, atol=2e-6)
+    assert (readout(states) - logits).abs().max() < 1e-5 * logits.abs().max()
+    with wrapped.disable_adapter():
+        assert torch.equal(Readout.of(wrapped).weight, plain)
 
 
 def test_adding_a_vector_adds_one_bias_where_linear() -> None:
