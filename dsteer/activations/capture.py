@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dsteer.activations.sites import block_of
+from dsteer.activations.inputs import Inputs
+from dsteer.activations.sites import ENCODER, block_of
 from dsteer.errors import ModelError
 from dsteer.models.anatomy import Anatomy
 
@@ -18,7 +19,7 @@ Select = Callable[[Float[Tensor, "b t d"]], Float[Tensor, "r d"]]
 """Copies the wanted rows out of a state. It must copy: a later operation may change the state."""
 
 
-def select_tokens(ranges: Sequence[range]) -> Select:
+def select_tokens(ranges: Sequence[Sequence[int]]) -> Select:
     """Copy the states of some tokens of each row, row by row, in the model's dtype."""
     rows = torch.tensor([row for row, tokens in enumerate(ranges) for _ in tokens])
     columns = torch.tensor([token for tokens in ranges for token in tokens])
@@ -45,6 +46,20 @@ def select_means(ranges: Sequence[range], length: int) -> Select:
     return select
 
 
+def site_module(anatomy: Anatomy, site: str) -> nn.Module:
+    """The module whose output is a site's state.
+
+    Raises:
+        ConfigError: the name is no site.
+    """
+    block = block_of(site)
+    if block is not None:
+        return anatomy.blocks[block]
+    if site == ENCODER and anatomy.encoder is not None:
+        return anatomy.encoder
+    return anatomy.final_norm
+
+
 class Capture:
     """Hooks on a model's sites while the ``with`` block runs; they go in any case.
 
@@ -63,32 +78,47 @@ class Capture:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Capture:
-        for site in self._sites:
-            block = block_of(site)
-            module = self._anatomy.final_norm if block is None else self._anatomy.blocks[block]
-            self._handles.append(module.register_forward_hook(self._catch(site)))
+        modules = [site_module(self._anatomy, site) for site in self._sites]
+        try:
+            for site, module in zip(self._sites, modules, strict=True):
+                self._handles.append(module.register_forward_hook(self._catch(site)))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_error: object) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
 
-    def read(self, ids: Int[Tensor, "b t"], select: Select) -> dict[str, Float[Tensor, "r d"]]:
-        """Run right-padded ids (B, T) through the decoder once; float32 states on the CPU, by site.
+    def read(
+        self,
+        ids: Int[Tensor, "b t"] | Inputs,
+        select: Select,
+        encoder_select: Select | None = None,
+    ) -> dict[str, Float[Tensor, "r d"]]:
+        """Run right-padded ids (B, T) through the model once; float32 states on the CPU, by site.
 
-        The head is not run, no cache is built, and no mask is passed, so that the causal kernels
-        need none.
+        The head is not run, no cache is built, and no mask is passed to the decoder, so that the
+        causal kernels need none.
+
+        Args:
+            ids: what is read.
+            select: copies the wanted rows of the decoder's states.
+            encoder_select: those of the encoder's.
 
         Raises:
             ModelError: a site's module did not run, or ran twice.
         """
         states: dict[str, Tensor] = {}
         self._reading.states, self._reading.select = states, select
+        self._reading.encoder_select = encoder_select or select
         try:
             with torch.inference_mode():
-                self._anatomy.decoder(input_ids=ids.to(self._anatomy.device), use_cache=False)
+                (ids if isinstance(ids, Inputs) else Inputs(ids)).run(self._anatomy)
         finally:
-            del self._reading.states, self._reading.select
+            del self._reading.states, self._reading.select, self._reading.encoder_select
         silent = [site for site in self._sites if site not in states]
         if silent:
             raise ModelError(
@@ -103,6 +133,7 @@ class Capture:
                 return  # a pass of somebody else
             if site in states:
                 raise ModelError(f"{site}: its module ran twice in one pass; expected once")
-            states[site] = self._reading.select(Anatomy.read(output))
+            wanted = self._reading.encoder_select if site == ENCODER else self._reading.select
+            states[site] = wanted(Anatomy.read(output))
 
         return hook

@@ -78,9 +78,10 @@ class PairedActivations:
         """
         base = States.open(folder / "base.safetensors")
         tuned = States.open(folder / "tuned.safetensors")
-        position: str = read_metadata(folder / "base.safetensors")["position"]
+        metadata = read_metadata(folder / "base.safetensors")
+        position: str = metadata["position"]
         encoded = read_ids(folder / "ids.safetensors")
-        offsets = row_offsets(encoded, position)
+        offsets = row_offsets(encoded, position, metadata.get("stack"))
         return cls(base, tuned, tuple(base), position, tuple(encoded), offsets)
 
 
@@ -147,7 +148,7 @@ def extract(
 
     Raises:
         ConfigError: unknown site or position.
-        DataError: no prompts, or one that can't be encoded.
+        DataError: no prompts, ids and texts in one list, or one that can't be encoded.
         ModelError: ids outside the vocabulary, or a model whose states can't be read.
         MeasurementError: a state is not finite.
         StoreError: the folder can't be written.
@@ -183,6 +184,9 @@ def encode_for(
     """Token ids of prompts for both models of a pair, no longer than both were made for.
 
     Answers are encoded only where the position lies in them. Ids are taken as they are.
+
+    Raises:
+        DataError: no prompts, ids and texts in one list, or one that can't be encoded.
     """
     if isinstance(prompts, str):
         raise DataError("prompts is one text; expected a list of prompts")
@@ -191,12 +195,18 @@ def encode_for(
     ready = [item for item in prompts if isinstance(item, Encoded)]
     if len(ready) == len(prompts):
         return ready
+    if ready:
+        raise DataError(
+            f"{len(ready)} of {len(prompts)} prompts are token ids and the others texts; give a "
+            "list of one kind"
+        )
     limits = [limit for limit in (max_tokens, pair.max_positions) if limit is not None]
     return encode(
-        pair.tokenizer,
+        pair.tokenizer_for(template),
         prompts,  # type: ignore[arg-type]  # no Encoded among them
         template=template,
         max_tokens=min(limits) if limits else None,
         response="chosen" if position in RESPONSES else None,
         response_tokens=response_tokens,
+        encoder_decoder=pair.encoder_decoder,
     )

@@ -17,15 +17,27 @@ from torch import Tensor
 from dsteer import __version__
 from dsteer.activations.batching import Batch, default_budget, pad_right, plan_batches
 from dsteer.activations.capture import Capture, Select, select_means, select_tokens
-from dsteer.activations.sites import FINAL_NORM, MEANS, resolve_sites, token_ranges
+from dsteer.activations.inputs import Inputs, decoder_shift, plan_rows
+from dsteer.activations.sites import (
+    ENCODER,
+    FINAL_NORM,
+    MEANS,
+    Stack,
+    resolve_sites,
+    sites_of_stacks,
+    token_ranges,
+)
 from dsteer.activations.storage import FileSink, MemorySink, States
 from dsteer.data.tokens import Encoded, hash_ids
 from dsteer.errors import DataError, MeasurementError, ModelError
+from dsteer.models.adapters import weights_in_use
 from dsteer.models.anatomy import Anatomy, evaluating, text_config
 from dsteer.models.load import Model, quiet
 from dsteer.models.pair import ModelPair, Which
-from dsteer.progress import SILENT, Reporter
-from dsteer.store import hash_json
+from dsteer.models.placement import is_dispatched, present
+from dsteer.parallel import ALONE, Ranks
+from dsteer.progress import SILENT, Advance, Reporter
+from dsteer.store import Json, hash_json
 
 # A row must give the same states alone and with tokens behind it, up to rounding. A model in which
 # a real token sees padding misses this by orders of magnitude.
@@ -47,6 +59,7 @@ class Reading:
         position: the position that the ranges stand for.
         width: d.
         batch_tokens: tokens a batch; None for what suits the device.
+        stack: of an encoder-decoder model, whose tokens the position ``all`` means.
     """
 
     encoded: Sequence[Encoded]
@@ -55,6 +68,7 @@ class Reading:
     position: str
     width: int
     batch_tokens: int | None
+    stack: Stack | None = None
 
     @classmethod
     def of(
@@ -84,19 +98,24 @@ class Reading:
                     f"prompt {number} has the token id {max(item.ids)}, and the models have only "
                     f"{pair.vocabulary} tokens; give the tokenizer that belongs to them"
                 )
+        stack: Stack | None = None
+        resolved = resolve_sites(sites, pair.n_blocks, encoder=pair.encoder_decoder)
+        if pair.encoder_decoder:
+            resolved, stack = sites_of_stacks(resolved, position, named=sites != "all")
         return cls(
             encoded,
-            token_ranges(encoded, position),
-            resolve_sites(sites, pair.n_blocks),
+            token_ranges(encoded, position, stack),
+            resolved,
             position,
             pair.width,
             batch_tokens,
+            stack,
         )
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """Rows of prompt i are offsets[i] … offsets[i+1] − 1."""
-        return row_offsets(self.encoded, self.position)
+        return row_offsets(self.encoded, self.position, self.stack)
 
     @property
     def needed(self) -> list[tuple[int, ...]]:
@@ -105,51 +124,108 @@ class Reading:
             item.ids[: tokens.stop] for item, tokens in zip(self.encoded, self.ranges, strict=True)
         ]
 
+    @property
+    def rows(self) -> list[Encoded]:
+        """The same with the lengths of the prompts, all of which are needed by an encoder."""
+        return [
+            Encoded(ids, min(item.prompt_length, len(ids)))
+            for item, ids in zip(self.encoded, self.needed, strict=True)
+        ]
+
     def run(
-        self, model: Model, which: Which, path: Path | None = None, reporter: Reporter = SILENT
+        self,
+        model: Model,
+        which: Which,
+        path: Path | None = None,
+        reporter: Reporter = SILENT,
+        ranks: Ranks = ALONE,
     ) -> States:
         """Read one model, into memory or into a file.
 
+        Several processes read into one file: each the same batches as one alone would, but only its
+        share of them, so the file is the same to the byte.
+
         Raises:
-            ModelError: the model's states can't be read.
+            ModelError: the model's states can't be read, or processes don't read the same model.
             MeasurementError: a state is not finite.
             StoreError: the file can't be written.
         """
         anatomy = Anatomy.of(model)
         with evaluating(model), quiet():
-            batches = self._plan(model, anatomy)
+            batches = self._plan(model, anatomy, ranks)
         offsets = self.offsets
+        label, total = f"states of {which}", len(self.encoded)
         if path is None:
-            sink = MemorySink(self.sites, offsets[-1], self.width)
-            self._fill(model, anatomy, which, batches, sink, reporter)
-            return States.hold(sink.tensors)
-        metadata = {
+            assert ranks.world == 1, "only a file can be shared"
+            with reporter.bar(label, total, unit="prompts") as advance:
+                return self.read(model, which, batches, advance)
+        metadata: dict[str, Json] = {
             "dsteer": __version__,
             "dtype": str(anatomy.dtype).removeprefix("torch."),
             "ids_sha256": hash_ids(self.encoded),
             "position": self.position,
             "weights_sample": sample_weights(model),
         }
+        if anatomy.start is not None:
+            metadata |= {"stack": self.stack, "decoder_start": list(anatomy.start)}
         metadata["plan"] = hash_json(
             [metadata, self.sites, offsets[-1], self.width, [batch.prompts for batch in batches]]
         )
         # Somebody's hooks may change the states, and what is on disk does not tell by how much.
         resume = not has_foreign_hooks(model)
-        with FileSink(path, self.sites, offsets[-1], self.width, metadata, resume=resume) as file:
+        require_agreement(metadata["plan"], f"{which} model", ranks)
+        with FileSink(
+            path, self.sites, offsets[-1], self.width, metadata, resume=resume, ranks=ranks
+        ) as file:
             if not file.complete:
-                self._fill(model, anatomy, which, batches, file, reporter)
+                left = [number for number in range(len(batches)) if number not in file.done]
+                own = ranks.share(left)
+                done = total - sum(len(batches[number].prompts) for number in left)
+                if ranks.world > 1:
+                    label += f", this process's share of {ranks.world}"
+                    total = done + sum(len(batches[number].prompts) for number in own)
+                with reporter.bar(label, total, unit="prompts", done=done) as advance:
+                    self._fill(model, anatomy, which, batches, own, file, advance, ranks)
             file.finish()
         return States.open(path)
 
-    def _plan(self, model: Model, anatomy: Anatomy) -> list[Batch]:
+    def read(
+        self,
+        model: Model,
+        which: Which,
+        batches: Sequence[Batch],
+        advance: Advance,
+        *,
+        ranks: Ranks = ALONE,
+        of: int | None = None,
+    ) -> States:
+        """Read given batches into memory.
+
+        Args:
+            model: the model.
+            which: its name.
+            batches: all prompts of this reading, each once.
+            advance: called with the number of prompts just read.
+            ranks: the processes that do other parts of the work.
+            of: how many batches the whole work has that these are a part of; default: these.
+
+        Raises:
+            ModelError, MeasurementError: as :meth:`run`.
+        """
+        sink = MemorySink(self.sites, self.offsets[-1], self.width)
+        numbers = range(len(batches))
+        self._fill(model, Anatomy.of(model), which, batches, numbers, sink, advance, ranks, of)
+        return States.hold(sink.tensors)
+
+    def _plan(self, model: Model, anatomy: Anatomy, ranks: Ranks) -> list[Batch]:
         needed = self.needed
         lengths = [len(ids) for ids in needed]
-        budget = self.batch_tokens or default_budget(anatomy.device)
-        batches = plan_batches(lengths, budget)
-        pads = any(lengths[batch.prompts[-1]] < batch.length for batch in batches)
-        if pads and not padding_is_unseen(model, anatomy, needed):
-            return plan_batches(lengths, budget, pad=False)
-        return batches
+        if anatomy.encoder is not None:
+            budget = self.batch_tokens or default_budget(anatomy.device)
+            pad = ranks.broadcast(rows_read_alike(anatomy, self.rows))
+            return plan_rows(self.rows, budget, pad=pad)
+        longest = max(needed, key=len)
+        return plan_reading(model, anatomy, lengths, longest, self.batch_tokens, ranks)
 
     def _fill(
         self,
@@ -157,19 +233,22 @@ class Reading:
         anatomy: Anatomy,
         which: Which,
         batches: Sequence[Batch],
+        numbers: Sequence[int],
         sink: MemorySink | FileSink,
-        reporter: Reporter,
+        advance: Advance,
+        ranks: Ranks,
+        of: int | None = None,
     ) -> None:
-        """Read the batches that the sink lacks."""
-        needed, offsets = self.needed, self.offsets
-        done = sum(len(batches[number].prompts) for number in sink.done)
+        """Read the batches of these numbers."""
+        needed, offsets = self.rows, self.offsets
         workers = workers_for(model, anatomy)
         keeping = threading.Lock()
 
         def read(number: int) -> None:
+            ranks.check()
             batch = batches[number]
-            ids = pad_right([needed[prompt] for prompt in batch.prompts], batch.length)
-            states = capture.read(ids, self._select(batch))
+            inputs = Inputs.of([needed[prompt] for prompt in batch.prompts], anatomy.start)
+            states = capture.read(inputs, *self._selects(batch, inputs, anatomy))
             _require_finite(states, which, anatomy.dtype)
             with keeping:
                 sink.put(number, [range(*offsets[p : p + 2]) for p in batch.prompts], states)
@@ -179,17 +258,55 @@ class Reading:
             evaluating(model),
             quiet(),
             Capture(anatomy, self.sites) as capture,
-            reporter.bar(f"states of {which}", len(needed), unit="prompts", done=done) as advance,
         ):
-            left = [number for number in range(len(batches)) if number not in sink.done]
             # Workers by all batches, not by those left: a resumed reading runs on as it began.
-            _each(read, left, min(workers, len(batches)))
+            _each(read, numbers, min(workers, of or len(batches)))
 
-    def _select(self, batch: Batch) -> Select:
+    def _selects(
+        self, batch: Batch, inputs: Inputs, anatomy: Anatomy
+    ) -> tuple[Select, Select | None]:
+        """What is copied of the decoder's states, and of the encoder's where that is a site."""
         ranges = [self.ranges[prompt] for prompt in batch.prompts]
-        if self.position in MEANS:
-            return select_means(ranges, batch.length)
-        return select_tokens(ranges)
+        encoder = None
+        if ENCODER in self.sites and inputs.encoder_ids is not None:
+            encoder = self._select(ranges, inputs.encoder_ids.shape[1])
+            if len(self.sites) == 1:
+                return encoder, encoder
+        shifts = [decoder_shift(self.encoded[p], anatomy.start) for p in batch.prompts]
+        shifted = [
+            range(tokens.start + shift, tokens.stop + shift)
+            for tokens, shift in zip(ranges, shifts, strict=True)
+        ]
+        return self._select(shifted, inputs.ids.shape[1]), encoder
+
+    def _select(self, ranges: Sequence[range], length: int) -> Select:
+        return select_means(ranges, length) if self.position in MEANS else select_tokens(ranges)
+
+
+def plan_reading(
+    model: Model,
+    anatomy: Anatomy,
+    lengths: Sequence[int],
+    longest: Sequence[int],
+    batch_tokens: int | None,
+    ranks: Ranks = ALONE,
+) -> list[Batch]:
+    """The batches in which a model reads prompts; padded ones only where it can't see padding.
+
+    Args:
+        model: the model.
+        anatomy: its parts.
+        lengths: tokens of each prompt.
+        longest: ids of the longest prompt.
+        batch_tokens: tokens a batch; None for what suits the device.
+        ranks: the processes that plan this together.
+    """
+    budget = batch_tokens or default_budget(anatomy.device)
+    batches = plan_batches(lengths, budget)
+    pads = any(lengths[batch.prompts[-1]] < batch.length for batch in batches)
+    if pads and not ranks.broadcast(padding_is_unseen(model, anatomy, [longest])):
+        return plan_batches(lengths, budget, pad=False)
+    return batches
 
 
 def padding_is_unseen(model: Model, anatomy: Anatomy, needed: Sequence[Sequence[int]]) -> bool:
@@ -220,6 +337,26 @@ def padding_is_unseen(model: Model, anatomy: Anatomy, needed: Sequence[Sequence[
         return change < 10 * float((read(row, row) - alone).norm())
 
 
+def rows_read_alike(anatomy: Anatomy, rows: Sequence[Encoded]) -> bool:
+    """Whether an encoder-decoder model reads a row alike alone and beside a longer one.
+
+    The mask hides an encoder's padding. The claim is tested at final_norm on the shortest row
+    beside the longest.
+    """
+    short, long = min(rows, key=lambda row: len(row.ids)), max(rows, key=lambda row: len(row.ids))
+    column = len(short.ids) - 1 + decoder_shift(short, anatomy.start)
+    one = range(column, column + 1)
+
+    def read(*beside: Encoded) -> Tensor:
+        inputs = Inputs.of([short, *beside], anatomy.start)
+        return capture.read(inputs, select_tokens([one] * (1 + len(beside))))[FINAL_NORM][0]
+
+    with Capture(anatomy, [FINAL_NORM]) as capture:
+        alone, beside = read(), read(long)
+        bound = _PADDING_ERROR.get(anatomy.dtype, _PADDING_ERROR_LOW_PRECISION)
+        return float((beside - alone).norm()) <= bound * float(alone.norm())
+
+
 def workers_for(model: Model, anatomy: Anatomy) -> int:
     """How many batches are read at a time, each by a thread of its own.
 
@@ -233,6 +370,8 @@ def workers_for(model: Model, anatomy: Anatomy) -> int:
     adapts = math.isfinite(_longrope_length(model))
     if anatomy.device.type != "cpu" or own_code or adapts or has_foreign_hooks(model):
         return 1
+    if is_dispatched(model) or not all(p.is_floating_point() for p in model.parameters()):
+        return 1  # weights come and go, or a quantised layer keeps notes of its inputs
     return min(torch.get_num_threads(), _MOST_WORKERS)
 
 
@@ -283,27 +422,45 @@ def _longrope_length(model: Model) -> float:
 def sample_weights(model: Model, count: int = 1024) -> str:
     """SHA-256 over the sum and some evenly spaced elements of every tensor: a cheap fingerprint.
 
-    It tells models apart that differ in more than a few elements which happen to cancel.
+    It tells models apart that differ in more than a few elements which happen to cancel. Of an
+    adapter that is off nothing counts: the fingerprint is that of the base.
     """
     digest = hashlib.sha256()
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, parameter in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type == "meta":
-            continue
-        flat = parameter.detach().reshape(-1)
-        if flat.is_floating_point():
-            digest.update(f"{float(flat.sum(dtype=torch.float32))!r}".encode())
-        step = max(1, len(flat) // count)
-        digest.update(flat[::step].contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    for name, (holder, own, tensor) in sorted(weights_in_use(model).items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        with present(holder):
+            value = getattr(holder, own).detach().reshape(-1)
+            if value.device.type == "meta":
+                continue
+            if value.is_floating_point():
+                digest.update(f"{float(value.sum(dtype=torch.float32))!r}".encode())
+            step = max(1, len(value) // count)
+            digest.update(value[::step].contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def row_offsets(encoded: Sequence[Encoded], position: str) -> tuple[int, ...]:
+def row_offsets(
+    encoded: Sequence[Encoded], position: str, stack: Stack | None = None
+) -> tuple[int, ...]:
     """Rows of prompt i are offsets[i] … offsets[i+1] − 1."""
     if position in MEANS:
         return tuple(range(len(encoded) + 1))
-    return (0, *accumulate(len(tokens) for tokens in token_ranges(encoded, position)))
+    return (0, *accumulate(len(tokens) for tokens in token_ranges(encoded, position, stack)))
+
+
+def require_agreement(plan: str, what: str, ranks: Ranks) -> None:
+    """See that all processes are about to read the same.
+
+    Raises:
+        ModelError: one has another plan.
+    """
+    plans = ranks.exchange(plan)
+    for rank, other in enumerate(plans):
+        if other != plans[0]:
+            raise ModelError(
+                f"process {rank} has another {what} or other token ids than process 0; give all "
+                "the same files and revisions, and machines of one kind"
+            )
 
 
 def _require_finite(states: Mapping[str, Tensor], which: Which, dtype: torch.dtype) -> None:
@@ -355,6 +512,7 @@ def noise_floor(
         reading.position,
         reading.width,
         batch_tokens=1,
+        stack=reading.stack,
     ).run(model, "base")
     found = {}
     for site in reading.sites:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 from dsteer.config import Position
 from dsteer.data.tokens import Encoded
@@ -13,8 +13,15 @@ from dsteer.errors import ConfigError, DataError, did_you_mean
 FINAL_NORM = "final_norm"
 """The state after the last norm, which the unembedding reads."""
 
-POSITIONS: tuple[str, ...] = (*get_args(Position), "response_predictors")
-"""The positions of a pipeline, and those whose final_norm states predict each answer token."""
+ENCODER = "encoder"
+"""The last state of an encoder-decoder model's encoder, which cross-attention reads."""
+
+Stack = Literal["encoder", "decoder"]
+"""The part of an encoder-decoder model whose tokens the position ``all`` means."""
+
+POSITIONS: tuple[str, ...] = (*get_args(Position), "response_predictors", "context_last")
+"""The positions of a pipeline, those whose final_norm states predict each answer token, and the
+last token, of prompt or answer."""
 
 MEANS = frozenset({"prompt_mean", "response_mean"})
 RESPONSES = frozenset({"response_last", "response_mean", "response_predictors"})
@@ -27,34 +34,42 @@ def resid_post(block: int) -> str:
     return f"resid_post.{block}"
 
 
-def all_sites(n_blocks: int) -> tuple[str, ...]:
-    """Every site of a model of L blocks: resid_post.0 … resid_post.{L-1}, final_norm."""
-    return (*(resid_post(block) for block in range(n_blocks)), FINAL_NORM)
+def all_sites(n_blocks: int, *, encoder: bool = False) -> tuple[str, ...]:
+    """Every site of a model of L blocks: resid_post.0 … resid_post.{L-1}, final_norm.
+
+    Where the model has an encoder, it comes first.
+    """
+    blocks = (resid_post(block) for block in range(n_blocks))
+    return (*((ENCODER,) if encoder else ()), *blocks, FINAL_NORM)
 
 
 def block_of(site: str) -> int | None:
-    """The block whose output a site is; None for final_norm.
+    """The block whose output a site is; None for final_norm and encoder.
 
     Raises:
         ConfigError: the name is no site.
     """
-    if site == FINAL_NORM:
+    if site in {FINAL_NORM, ENCODER}:
         return None
     match = _BLOCK.fullmatch(site)
     if match is None:
         raise ConfigError(
-            f"site {site!r}: no such site; expected resid_post.K (K from 0) or final_norm"
+            f"site {site!r}: no such site; expected resid_post.K (K from 0), final_norm or, "
+            "of an encoder-decoder model, encoder"
         )
     return int(match[1])
 
 
-def resolve_sites(sites: str | Sequence[str], n_blocks: int) -> tuple[str, ...]:
+def resolve_sites(
+    sites: str | Sequence[str], n_blocks: int, *, encoder: bool = False
+) -> tuple[str, ...]:
     """Turn ``all``, one name or several into sites of a model, in the model's order, each once.
 
     Raises:
-        ConfigError: a name is no site of a model of ``n_blocks`` blocks, or none is given.
+        ConfigError: a name is no site of a model of ``n_blocks`` blocks, with an encoder or
+            without, or none is given.
     """
-    known = all_sites(n_blocks)
+    known = all_sites(n_blocks, encoder=encoder)
     if sites == "all":
         return known
     wanted = {sites} if isinstance(sites, str) else set(sites)
@@ -62,6 +77,11 @@ def resolve_sites(sites: str | Sequence[str], n_blocks: int) -> tuple[str, ...]:
         raise ConfigError("sites is empty; expected 'all' or at least one site")
     for site in sorted(wanted - set(known)):
         block = block_of(site)
+        if site == ENCODER:
+            raise ConfigError(
+                f"site {site!r}: the model is decoder-only and has no encoder; expected "
+                "resid_post.K or final_norm"
+            )
         raise ConfigError(
             f"site {site!r}: the model has {n_blocks} blocks, so the last is "
             f"{resid_post(n_blocks - 1)!r} (got block {block})"
@@ -69,12 +89,55 @@ def resolve_sites(sites: str | Sequence[str], n_blocks: int) -> tuple[str, ...]:
     return tuple(site for site in known if site in wanted)
 
 
-def token_ranges(encoded: Sequence[Encoded], position: str) -> list[range]:
+def sites_of_stacks(
+    sites: tuple[str, ...], position: str, *, named: bool
+) -> tuple[tuple[str, ...], Stack | None]:
+    """The sites of an encoder-decoder model that have a position, and whose tokens ``all`` means.
+
+    The encoder has the prompt's tokens alone, the decoder its start and the answer's.
+    ``prompt_last`` is the last token of the one and the first position of the other.
+
+    Args:
+        sites: of the model.
+        position: what is read.
+        named: whether the sites were named one by one; else the encoder goes where it has no such
+            tokens.
+
+    Raises:
+        ConfigError: a named site, or any site of the decoder, does not have the position.
+    """
+    decoder = tuple(site for site in sites if site != ENCODER)
+    if position == "prompt_last":
+        return sites, None
+    if position == "prompt_mean":
+        if decoder:
+            raise ConfigError(
+                f"position 'prompt_mean' at site {decoder[0]!r}: the decoder of an encoder-decoder "
+                "model reads no prompt; set sites to encoder alone, or the position to prompt_last"
+            )
+        return sites, None
+    if position == "all" and not decoder:
+        return sites, "encoder"
+    if ENCODER in sites and named:
+        raise ConfigError(
+            f"position {position!r} at site 'encoder': the encoder reads the prompt alone, and the "
+            "decoder's rows are other tokens; name the decoder's sites, or set the position to "
+            "prompt_last"
+        )
+    return decoder, "decoder" if position == "all" else None
+
+
+def token_ranges(
+    encoded: Sequence[Encoded], position: str, stack: Stack | None = None
+) -> list[range]:
     """The tokens of each prompt whose states a position reads (or averages, for the means).
 
     With p prompt tokens and n in all: ``prompt_last`` reads token p − 1, ``prompt_mean`` averages
     0 … p − 1 (BOS included), ``response_last`` reads n − 1, ``response_mean`` averages p … n − 1,
-    ``all`` reads 0 … n − 1, ``response_predictors`` reads p − 1 … n − 2.
+    ``all`` reads 0 … n − 1, ``response_predictors`` reads p − 1 … n − 2, ``context_last`` n − 1.
+
+    Of an encoder-decoder model token p − 1 stands in the decoder for the last start token, and
+    ``all`` reads 0 … p − 1 in the encoder, p − 1 … n − 1 in the decoder.
 
     Raises:
         ConfigError: there is no such position.
@@ -98,7 +161,8 @@ def token_ranges(encoded: Sequence[Encoded], position: str) -> list[range]:
                 "prompt_mean": range(p),
                 "response_last": range(n - 1, n),
                 "response_mean": range(p, n),
-                "all": range(n),
+                "all": {None: range(n), "encoder": range(p), "decoder": range(p - 1, n)}[stack],
+                "context_last": range(n - 1, n),
                 "response_predictors": range(p - 1, n - 1),
             }[position]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsteer.errors import StoreError
+from dsteer.parallel import ALONE, Ranks
 from dsteer.store import Json, atomic_path, read_metadata
 
 
@@ -132,6 +134,9 @@ class FileSink:
     batch, once its rows are on the disk, its number goes into ``X.journal``. :meth:`finish` gives
     the file its name. The plan stands in the file's metadata: work of another plan is redone.
 
+    Several processes fill one file, each with a journal of its own (``X.journal.1``, …): the first
+    one lays it out and names it, and goes on from all journals, however many wrote them.
+
     Args:
         path: the final name.
         sites: keys, in order.
@@ -139,6 +144,7 @@ class FileSink:
         width: d.
         metadata: what the file says of itself; ``plan`` in it names the work exactly.
         resume: whether work of the same plan may be continued.
+        ranks: the processes that fill the file together.
 
     Raises:
         StoreError: the disk is full or can't be written.
@@ -153,32 +159,49 @@ class FileSink:
         metadata: Mapping[str, Json],
         *,
         resume: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
         self._journal = path.with_name(path.name + ".journal")
+        self._ranks = ranks
         self._bytes = width * 4
-        self.complete = resume and _plan_of(path) == metadata["plan"]
+        self.complete = False
         self.done: set[int] = set()
-        if self.complete:
-            self._journal.unlink(missing_ok=True)  # a kill may have left it behind
-            return
         header, self._start = _lay_out(sites, rows, width, metadata)
-        size = len(header) + len(sites) * rows * self._bytes
-        if resume and self._begins_with(header):
-            self.done = self._read_journal()
+        if ranks.main:
+            self.complete = resume and _plan_of(path) == metadata["plan"]
+            if self.complete:
+                self._drop_journals()  # a kill may have left them behind
+            else:
+                size = len(header) + len(sites) * rows * self._bytes
+                self._begin(header, size, resume)
+        self.complete, done = ranks.broadcast((self.complete, sorted(self.done)))
+        if self.complete:
+            return
+        self.done = set(done)
+        own = self._journal if ranks.main else Path(f"{self._journal}.{ranks.rank}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
+            self._file = self._partial.open("r+b")
+            self._lines = own.open("a", encoding="ascii")
+        except OSError as error:
+            raise _unwritable(self._partial, error) from None
+
+    def _begin(self, header: bytes, size: int, resume: bool) -> None:
+        """Lay the file out, or find what of it is done and note it in one journal."""
+        if resume and self._begins_with(header):
+            self.done = self._read_journals()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.unlink(missing_ok=True)
             if not self.done:
-                self._journal.unlink(missing_ok=True)
+                self._drop_journals()
                 with self._partial.open("wb") as file:
                     file.write(header)
                     _reserve(file.fileno(), size)
-            self._file = self._partial.open("r+b")
             with atomic_path(self._journal) as temporary:
                 temporary.write_text("".join(f"{batch}\n" for batch in sorted(self.done)))
-            self._lines = self._journal.open("a", encoding="ascii")
+            self._drop_journals(of_others=True)
         except OSError as error:
             raise _unwritable(self._partial, error) from None
 
@@ -206,8 +229,11 @@ class FileSink:
         if self.complete:
             return
         self._close()
-        self._partial.replace(self._path)
-        self._journal.unlink(missing_ok=True)
+        self._ranks.barrier()  # all rows are in the file
+        if self._ranks.main:
+            self._partial.replace(self._path)
+            self._drop_journals()
+        self._ranks.barrier()  # it has its name
         self.complete = True
 
     def __enter__(self) -> FileSink:
@@ -233,17 +259,30 @@ class FileSink:
         except FileNotFoundError:
             return False
 
-    def _read_journal(self) -> set[int]:
+    def _journals(self) -> list[Path]:
+        others = self._journal.parent.glob(f"{self._journal.name}.[0-9]*")
+        return [self._journal, *(path for path in others if path.suffix[1:].isdigit())]
+
+    def _read_journals(self) -> set[int]:
         """Numbers of finished batches; a last line that the kill cut off does not count."""
-        try:
-            lines = self._journal.read_text(encoding="ascii").splitlines(keepends=True)
-        except FileNotFoundError:
-            return set()
-        return {int(line) for line in lines if line.endswith("\n")}
+        found: set[int] = set()
+        for path in self._journals():
+            with suppress(FileNotFoundError):
+                lines = path.read_text(encoding="ascii").splitlines(keepends=True)
+                found |= {int(line) for line in lines if line.endswith("\n")}
+        return found
+
+    def _drop_journals(self, *, of_others: bool = False) -> None:
+        for path in self._journals()[of_others:]:
+            path.unlink(missing_ok=True)
 
 
 def _plan_of(path: Path) -> Json:
-    return read_metadata(path).get("plan") if path.is_file() else None
+    """The plan of a file; None where there is none that can be read."""
+    try:
+        return read_metadata(path).get("plan")
+    except StoreError:
+        return None
 
 
 def _lay_out(

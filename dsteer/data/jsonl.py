@@ -91,12 +91,19 @@ def read_pairs(path: Path) -> list[PreferencePair]:
     Raises:
         DataError: the file is missing, or a line is no preference pair.
     """
-    pairs = []
+    return list(stream_pairs(path))
+
+
+def stream_pairs(path: Path) -> Iterator[PreferencePair]:
+    """Yield the pairs of a file one by one, as :func:`read_pairs` reads them.
+
+    Raises:
+        DataError: as :func:`read_pairs`, where it gets there.
+    """
     for number, fields in read_objects(path):
         try:
-            pairs.append(PreferencePair(**fields))
+            yield PreferencePair(**fields)
         except TypeError:
             raise DataError(
                 f"{path} line {number}: not a preference pair; run the stage `data` again"
             ) from None
-    return pairs

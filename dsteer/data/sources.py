@@ -97,6 +97,15 @@ def load_preferences(
     return _read(str(path), format, rows).pairs
 
 
+def detect_format(path: str) -> Format:
+    """Tell the format of a local file or folder, or of a hub dataset, from its first row.
+
+    Raises:
+        DataError: nothing is there, or the row is of no known format.
+    """
+    return _detect(next(read_rows(path, subset_is_folder=path == HH_HUB_ID, limit=1)))
+
+
 def read_source(source: Source) -> SourceReading:
     """Read a source of a pipeline, and account for each of its rows.
 

@@ -41,6 +41,7 @@ def encode(
     max_tokens: int | None = None,
     response: Literal["chosen"] | None = None,
     response_tokens: int | None = None,
+    encoder_decoder: bool = False,
 ) -> list[Encoded]:
     """Turn prompts into token ids, with exactly the special tokens that a model was trained with.
 
@@ -52,6 +53,11 @@ def encode(
     - ``template="chat"`` puts texts through the chat template too: an hh-style transcript by its
       turns, any other text as one user turn.
 
+    - For an encoder-decoder model the prompt is a text of its own, so it keeps the special tokens
+      that the tokenizer puts behind one (EOS), as the encoder was trained to read it. The answer
+      is what the decoder writes: it is tokenised alone, without spaces at its start and without
+      special tokens, for its start token is the model's.
+
     The prompt's ids are the same with and without an answer behind them.
 
     Args:
@@ -61,6 +67,7 @@ def encode(
         max_tokens: longer sequences lose the left of their prompt, behind the BOS.
         response: ``chosen`` appends the preferred answer of each pair.
         response_tokens: keep only so many tokens of the answer.
+        encoder_decoder: the encoder reads the prompt, the decoder the answer.
 
     Raises:
         ConfigError: ``template`` is neither.
@@ -77,6 +84,7 @@ def encode(
         )
     texts: list[str] = []
     whole: list[str] = []
+    answers: list[str] = []
     bare: list[bool] = []  # the tokenizer's special tokens are still to come
     for number, prompt in enumerate(prompts):
         text, is_rendered = _render(tokenizer, _prompt_of(prompt), template, number)
@@ -89,20 +97,88 @@ def encode(
                     f"prompt {number} has no chosen answer to read; give pairs with answers"
                 )
             whole.append(text + (answer.lstrip(" ") if is_rendered else answer))
-    leading = _leading(tokenizer, texts)
+            answers.append(answer)
+    leading, trailing = _around(tokenizer, texts)
     encoded = []
     prompt_ids = _tokenize(tokenizer, texts)
-    whole_ids = _tokenize(tokenizer, whole) if whole else prompt_ids
+    if encoder_decoder:
+        replies = encode_answers(tokenizer, answers) or [[] for _ in prompt_ids]
+        whole_ids = [[*ids, *reply] for ids, reply in zip(prompt_ids, replies, strict=True)]
+    else:
+        whole_ids = _tokenize(tokenizer, whole) if whole else prompt_ids
     for number, (ids, full) in enumerate(zip(prompt_ids, whole_ids, strict=True)):
         answer_ids = full[len(ids) :]
         if full[: len(ids)] != ids:  # tokens merged across the prompt's end: keep the prompt's
             answer_ids = _tokenize(tokenizer, [whole[number][len(texts[number]) :]])[0]
         if bare[number] and ids[: len(leading)] != leading:
             ids = leading + ids
+        ends = ids[-len(trailing) :] == trailing
+        if encoder_decoder and bare[number] and ids and not ends:
+            ids = ids + trailing
         encoded.append(
             _fit(tokenizer, ids, answer_ids[:response_tokens], max_tokens, number, response)
         )
     return encoded
+
+
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """Token ids of a text, and where in it each of them ends.
+
+    Attributes:
+        ids: the ids, with the special tokens that stand before a text.
+        ends: of each id, the number of the text's characters up to its end; 0 for special tokens.
+    """
+
+    ids: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+def spell(
+    tokenizer: Tokenizer, texts: Sequence[str], *, max_tokens: int | None = None
+) -> list[Spelled]:
+    """Turn texts into ids as they stand, as :func:`encode` does, and keep where each token ends.
+
+    A token that holds only some bytes of a character ends with it.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        texts: texts without special tokens.
+        max_tokens: longer texts are cut on the right.
+
+    Raises:
+        ModelError: the tokenizer is a slow one, which does not tell where its tokens lie.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"tokenizer {_name(tokenizer)} is a slow one, which does not tell where in a text its "
+            "tokens lie; use a model with a fast tokenizer (tokenizer.json)"
+        )
+    if not texts:
+        return []
+    found = tokenizer(
+        list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    leading, _ = _around(tokenizer, texts)
+    spelled = []
+    for ids, spans in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        head = [] if ids[: len(leading)] == leading else leading
+        ends = [0] * len(head) + [end for _, end in spans]
+        spelled.append(Spelled((*head, *ids)[:max_tokens], tuple(ends[:max_tokens])))
+    return spelled
+
+
+def encode_answers(tokenizer: Tokenizer, answers: Sequence[str]) -> list[list[int]]:
+    """Ids of answers that stand alone, as the decoder of an encoder-decoder model writes them.
+
+    Tokenizers of translators (Marian's) have other pieces for what is written than for what is
+    read.
+    """
+    if not answers:
+        return []
+    texts = [answer.lstrip(" ") for answer in answers]
+    encoded = tokenizer(text_target=texts, add_special_tokens=False, verbose=False)
+    return list(encoded["input_ids"])
 
 
 def has_template(tokenizer: Tokenizer) -> bool:
@@ -162,17 +238,17 @@ def _tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return list(tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _leading(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
-    """The special tokens that a tokenizer puts before a text (not those that it puts behind it)."""
+def _around(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before a text, and those that it puts behind it."""
     for text in ("a", *texts):
         plain = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if plain:
-            marked = tokenizer(text, verbose=False)["input_ids"]
-            starts = range(len(marked) - len(plain) + 1)
-            return list(
-                next((marked[:i] for i in starts if marked[i : i + len(plain)] == plain), [])
-            )
-    return []
+            marked = list(tokenizer(text, verbose=False)["input_ids"])
+            for i in range(len(marked) - len(plain) + 1):
+                if marked[i : i + len(plain)] == plain:
+                    return marked[:i], marked[i + len(plain) :]
+            return [], []
+    return [], []
 
 
 def _fit(

@@ -66,6 +66,20 @@ def test_hooks_go_after_success_and_after_failure(model) -> None:
     assert hooks_of(model) == before
 
 
+def test_no_hook_stays_where_entering_fails(model, monkeypatch) -> None:
+    with pytest.raises(IndexError), Capture(Anatomy.of(model), ["resid_post.0", "resid_post.9"]):
+        pass
+    assert hooks_of(model) == 0
+
+    def refuse(*_args: object) -> None:
+        raise RuntimeError("no hooks on this module")
+
+    monkeypatch.setattr(model.model.layers[2], "register_forward_hook", refuse)
+    with pytest.raises(RuntimeError, match="no hooks"):
+        read(model, ["resid_post.0", "resid_post.2"])
+    assert hooks_of(model) == 0
+
+
 def test_training_flags_return(model) -> None:
     model.train()
     model.model.layers[0].eval()
@@ -113,9 +127,14 @@ def test_capture_sees_earlier_hooks_and_not_later_ones(model) -> None:
 
 
 def test_a_module_that_runs_twice_is_refused(model) -> None:
+    anatomy = Anatomy.of(model)
     model.model.layers[2] = model.model.layers[1]
-    with pytest.raises(ModelError, match=r"resid_post\.1: its module ran twice"):
-        read(model)
+    with (
+        evaluating(model),
+        Capture(anatomy, ["resid_post.1"]) as capture,
+        pytest.raises(ModelError, match=r"resid_post\.1: its module ran twice"),
+    ):
+        capture.read(IDS, select_tokens([range(3, 4), range(1, 2)]))
 
 
 def test_a_block_that_is_skipped_is_noticed(model) -> None:

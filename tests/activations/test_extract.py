@@ -286,6 +286,7 @@ def test_states_that_are_not_finite_are_refused() -> None:
         (["x"], {"position": "last"}, ConfigError, "no such position"),
         (["x"], {"template": "jinja"}, ConfigError, "expected none or chat"),
         (["x"], {"position": "response_last"}, DataError, "no chosen answer"),
+        (["x", Encoded((3, 4), 2)], {}, DataError, "1 of 2 prompts are token ids and the others"),
         ([Encoded((3, 999), 2)], {}, ModelError, "token id 999, and the models have only 260"),
     ],
 )

@@ -18,6 +18,8 @@ def test_sites_of_a_model() -> None:
         "final_norm",
     )
     assert resolve_sites("resid_post.0", 2) == ("resid_post.0",)
+    assert resolve_sites("all", 1, encoder=True) == ("encoder", "resid_post.0", "final_norm")
+    assert block_of("encoder") is None
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,7 @@ def test_sites_of_a_model() -> None:
         (["resid_post.-1"], "no such site"),
         (["resid_post.01"], "no such site"),
         ([], "sites is empty"),
+        (["encoder"], "'encoder': the model is decoder-only and has no encoder"),
     ],
 )
 def test_unknown_sites_are_refused(sites, message) -> None:
@@ -44,10 +47,18 @@ def test_unknown_sites_are_refused(sites, message) -> None:
         ("response_mean", [3, 4]),
         ("all", [0, 1, 2, 3, 4]),
         ("response_predictors", [2, 3]),  # token 2 predicts token 3, and 3 predicts 4
+        ("context_last", [4]),
     ],
 )
 def test_positions(position, tokens) -> None:
     assert [list(r) for r in token_ranges([Encoded((9, 8, 7, 6, 5), 3)], position)] == [tokens]
+
+
+def test_all_tokens_of_each_stack() -> None:
+    row = [Encoded((9, 8, 7, 6, 5), 3)]
+    assert [list(r) for r in token_ranges(row, "all", "encoder")] == [[0, 1, 2]]
+    # token 2 stands for the decoder's start
+    assert [list(r) for r in token_ranges(row, "all", "decoder")] == [[2, 3, 4]]
 
 
 def test_bad_positions_are_refused() -> None:
