@@ -29,7 +29,13 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from dsteer.errors import MeasurementError
-from dsteer.geometry.displacement import as_matrix, as_numbers, share_from_sums, shared_share
+from dsteer.geometry.displacement import (
+    SharedShare,
+    as_matrix,
+    as_numbers,
+    share_from_sums,
+    shared_share,
+)
 from dsteer.geometry.spectrum import Spectrum, spectra
 
 Clusters = Sequence[Hashable] | None
@@ -161,16 +167,50 @@ def held_out_cosine(
     value = float((unit @ (total / np.linalg.norm(total))).sum()) / n
     fit_codes, fit_count = _codes(fit_clusters, len(fitted))
     test_codes, test_count = _codes(test_clusters, len(tested))
-    if fit_count < 2 or test_count < 2:
+    return refitted(
+        value,
+        n,
+        _sum_by(fit_codes, fit_count, fitted),
+        _sum_by(test_codes, test_count, unit),
+        np.bincount(test_codes, kept, test_count),
+        draws=draws,
+        confidence=confidence,
+        seed=seed,
+    )
+
+
+def refitted(
+    value: float,
+    n: int,
+    fit: np.ndarray,
+    unit: np.ndarray,
+    sizes: np.ndarray,
+    *,
+    draws: int,
+    confidence: float,
+    seed: int,
+) -> Interval:
+    """The interval of a mean held-out cosine, from sums by conversation alone.
+
+    Args:
+        value: the mean cosine.
+        n: rows that it rests on.
+        fit: Σ Δ of each fit conversation (c, d).
+        unit: Σ Δ/‖Δ‖ of each test conversation (c', d).
+        sizes: rows in each of these sums (c',).
+        draws: resamples.
+        confidence: coverage asked for.
+        seed: of the resamples.
+    """
+    if len(fit) < 2 or len(unit) < 2:
         return Interval(value, None, None, n)
     rng = np.random.default_rng(seed)
-    v = _counts(fit_count, draws, rng) @ _sum_by(fit_codes, fit_count, fitted)
-    counts = _counts(test_count, draws, rng)
-    summed = counts @ _sum_by(test_codes, test_count, unit)  # Σ cos(Δ, v) = ⟨Σ Δ/‖Δ‖, v/‖v‖⟩
-    sizes = counts @ np.bincount(test_codes, kept, test_count)
+    v = draw_counts(len(fit), draws, rng) @ fit
+    counts = draw_counts(len(unit), draws, rng)
+    summed = counts @ unit  # Σ cos(Δ, v) = ⟨Σ Δ/‖Δ‖, v/‖v‖⟩
     with np.errstate(divide="ignore", invalid="ignore"):
-        means = np.einsum("bd,bd->b", v, summed) / (np.linalg.norm(v, axis=1) * sizes)
-    return _recentred(value, means, confidence, n)
+        means = np.einsum("bd,bd->b", v, summed) / (np.linalg.norm(v, axis=1) * (counts @ sizes))
+    return recentred(value, means, confidence, n)
 
 
 def mean_cosine(
@@ -201,7 +241,7 @@ def mean_cosine(
     codes, count = _codes(clusters, len(rows))
     if count < 2:
         return Interval(value, None, None, n)
-    drawn = _counts(count, draws, np.random.default_rng(seed))
+    drawn = draw_counts(count, draws, np.random.default_rng(seed))
     means = []
     for counts in np.array_split(drawn, math.ceil(draws * len(rows) / _BLOCK)):
         weights = counts[:, codes]
@@ -209,7 +249,7 @@ def mean_cosine(
         weights = np.where(np.isnan(cosines), 0.0, weights)
         with np.errstate(divide="ignore", invalid="ignore"):
             means.append((weights * np.nan_to_num(cosines)).sum(axis=1) / weights.sum(axis=1))
-    return _recentred(value, np.concatenate(means), confidence, n)
+    return recentred(value, np.concatenate(means), confidence, n)
 
 
 def sign_flip_null(
@@ -436,19 +476,33 @@ def share_intervals(
     rows = as_matrix(delta, "delta")
     codes, count = _codes(clusters, len(rows))
     value = shared_share(torch.from_numpy(rows))
-    left_sums = rows.sum(axis=0) - _sum_by(codes, count, rows)
     squares = np.einsum("nd,nd->n", rows, rows)
-    left_squares = squares.sum() - np.bincount(codes, squares, count)
-    left = len(rows) - np.bincount(codes, minlength=count)
+    return jackknife_shares(
+        value,
+        _sum_by(codes, count, rows),
+        np.bincount(codes, squares, count),
+        np.bincount(codes, minlength=count),
+        confidence,
+    )
+
+
+def jackknife_shares(
+    value: SharedShare, sums: np.ndarray, squares: np.ndarray, sizes: np.ndarray, confidence: float
+) -> ShareIntervals:
+    """Intervals of the shared share, from Σ Δ (c, d), Σ ‖Δ‖² and rows of each conversation."""
+    left_sums = sums.sum(axis=0) - sums
+    left_squares = squares.sum() - squares
+    left, n = sizes.sum() - sizes, int(sizes.sum())
     shares = [
         share_from_sums(float(total), float(square), int(size))
         for total, square, size in zip(
             np.einsum("cd,cd->c", left_sums, left_sums), left_squares, left, strict=True
         )
+        if size > 0
     ]
     return ShareIntervals(
-        _jackknifed(value.plain, [s.plain for s in shares], 0.0, len(rows), confidence),
-        _jackknifed(value.debiased, [s.debiased for s in shares], -1.0, len(rows), confidence),
+        _jackknifed(value.plain, [s.plain for s in shares], 0.0, n, confidence),
+        _jackknifed(value.debiased, [s.debiased for s in shares], -1.0, n, confidence),
     )
 
 
@@ -458,12 +512,25 @@ def _jackknifed(
     if value is None:
         return None
     known = np.array([item for item in left_out if item is not None])
-    if len(known) < 2:
-        return Interval(value, None, None, n)
-    count = len(known)
-    error = math.sqrt((count - 1) / count * float(np.square(known - known.mean()).sum()))
+    return jackknifed(value, known, n, confidence, least=least, most=1.0)
+
+
+def jackknifed(
+    value: float | np.ndarray,
+    left_out: np.ndarray,
+    n: int,
+    confidence: float,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> Interval:
+    """value ± t · SE from the values without each conversation; no bounds if one is undefined."""
+    middle, count = float(value), len(left_out)
+    if count < 2 or np.isnan(left_out).any():
+        return Interval(middle, None, None, n)
+    error = math.sqrt((count - 1) / count * float(np.square(left_out - left_out.mean()).sum()))
     half = error * float(student.ppf((1 + confidence) / 2, count - 1))
-    return Interval(value, max(least, value - half), min(1.0, value + half), n)
+    return Interval(middle, max(least, middle - half), min(most, middle + half), n)
 
 
 # ---------------------------------------------------------------------------------- convergence
@@ -560,7 +627,7 @@ def cluster_sums(values: np.ndarray, clusters: Clusters) -> np.ndarray:
 
 def bootstrap_sums(sums: np.ndarray, draws: int, seed: int) -> np.ndarray:
     """Sums over resampled conversations: (conversations, k) → (draws, k)."""
-    return np.asarray(_counts(len(sums), draws, np.random.default_rng(seed)) @ sums)
+    return np.asarray(draw_counts(len(sums), draws, np.random.default_rng(seed)) @ sums)
 
 
 def _codes(clusters: Clusters, n: int) -> tuple[np.ndarray, int]:
@@ -579,7 +646,7 @@ def _sum_by(codes: np.ndarray, count: int, rows: np.ndarray) -> np.ndarray:
     return np.add.reduceat(rows[order], starts, axis=0)
 
 
-def _counts(count: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+def draw_counts(count: int, draws: int, rng: np.random.Generator) -> np.ndarray:
     """How often each conversation is drawn: (draws, count)."""
     return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
 
@@ -606,8 +673,15 @@ def percentiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _recentred(value: float, drawn: np.ndarray, confidence: float, n: int) -> Interval:
-    """Lay the spread of drawn cosines about their mean around the estimate."""
+def recentred(
+    value: float,
+    drawn: np.ndarray,
+    confidence: float,
+    n: int,
+    least: float = -1.0,
+    most: float = 1.0,
+) -> Interval:
+    """Lay the spread of drawn values about their mean around the estimate, within its range."""
     known = drawn[np.isfinite(drawn)]
     low, high = percentiles(known - known.mean(), confidence)
-    return Interval(value, max(-1.0, value + low), min(1.0, value + high), n)
+    return Interval(value, max(least, value + low), min(most, value + high), n)

@@ -44,6 +44,19 @@ def kl_divergence(
     return _kl(log_p.to(torch.float64).log_softmax(-1), log_q.to(torch.float64).log_softmax(-1))
 
 
+def noise_kl(states: Float[Tensor, "n d"], readout: Readout, rms: float, seed: int = 0) -> float:
+    """Mean KL, in nats, that random shifts of norm ``rms`` make in (256 of) the states."""
+    random = torch.Generator().manual_seed(seed)
+    states = states[:: max(1, len(states) // 256)].double()
+    noise = torch.randn(states.shape, generator=random, dtype=torch.float64)
+    noisy = states + noise * (rms / noise.norm(dim=1, keepdim=True))
+    kl = [
+        kl_divergence(readout(quiet.float()).cpu(), readout(loud.float()).cpu())
+        for quiet, loud in zip(torch.split(states, 32), torch.split(noisy, 32), strict=True)
+    ]
+    return float(torch.cat(kl).mean())
+
+
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).clamp_min(0.0)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import t as student
 from torch import Tensor
 
 from dsteer.errors import MeasurementError
 from dsteer.geometry.displacement import as_matrix, as_vector
-from dsteer.geometry.intervals import Clusters, Interval, cluster_sums, share_intervals
+from dsteer.geometry.intervals import (
+    Clusters,
+    Interval,
+    cluster_sums,
+    jackknifed,
+    share_intervals,
+)
 
 # ---------------------------------------------------------------------------------- e_w − e_l
 
@@ -118,13 +122,7 @@ def other_pairs(
 
     value = float(mean(total[None])[0])
     left_out = mean(total - sums)
-    left_out = left_out[np.isfinite(left_out)]
-    if len(left_out) < 2:
-        return Interval(value, None, None, n)
-    count = len(left_out)
-    error = math.sqrt((count - 1) / count * float(np.square(left_out - left_out.mean()).sum()))
-    half = error * float(student.ppf((1 + confidence) / 2, count - 1))
-    return Interval(value, value - half, value + half, n)
+    return jackknifed(value, left_out[np.isfinite(left_out)], n, confidence)
 
 
 def unit_rows(

@@ -19,7 +19,7 @@ Both spectra, uncentred and centred, come from one Gram matrix and one tridiagon
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -29,6 +29,7 @@ from scipy.linalg import blas, eigh_tridiagonal, lapack
 from torch import Tensor
 
 from dsteer.geometry.displacement import as_matrix
+from dsteer.geometry.moments import Moments
 
 Base = Literal["e", "bits", 2, 10]
 
@@ -134,7 +135,7 @@ def spectrum(
     Raises:
         MeasurementError: ``delta`` is not (n, d), or not finite.
     """
-    return _measure(as_matrix(delta, "delta"), (centred,))[0]
+    return _measure(*_parts(delta), (centred,))[0]
 
 
 def spectra(
@@ -148,14 +149,37 @@ def spectra(
     Raises:
         MeasurementError: ``delta`` is not (n, d), or not finite.
     """
-    uncentred, centred = _measure(as_matrix(delta, "delta"), (False, True))
+    uncentred, centred = _measure(*_parts(delta), (False, True))
     return uncentred, centred
 
 
-def _measure(rows: np.ndarray, wanted: tuple[bool, ...]) -> list[Spectrum]:
-    n, d = rows.shape
+def spectra_from_moments(moments: Moments) -> tuple[Spectrum, Spectrum]:
+    """Measure the uncentred and the centred spectrum of rows of which only the moments are kept.
+
+    The values are those of :func:`spectra` to a few ε σ₁, and as many: min(N, d).
+
+    Raises:
+        MeasurementError: no rows came.
+    """
+    mean, rest = moments.condensed()
+    uncentred, centred = (
+        replace(spectrum, n=moments.n)
+        for spectrum in _measure(mean + rest, mean, rest, (False, True))
+    )
+    return uncentred, centred
+
+
+def _parts(delta: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """States, their mean, and what is left without it."""
+    rows = as_matrix(delta, "delta")
     mean = rows.mean(axis=0)
-    rest = rows - mean
+    return rows, mean, rows - mean
+
+
+def _measure(
+    rows: np.ndarray, mean: np.ndarray, rest: np.ndarray, wanted: tuple[bool, ...]
+) -> list[Spectrum]:
+    n, d = rows.shape
     size = float(np.linalg.norm(rows))
     if np.linalg.norm(rest) <= n * _EPS * size:
         rest[:] = 0.0  # only the rounding of the mean is left: all rows are equal
