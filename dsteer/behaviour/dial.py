@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsteer.activations.extract import PairedActivations
-from dsteer.activations.sites import FINAL_NORM, block_of, resolve_sites
+from dsteer.activations.sites import ENCODER, FINAL_NORM, block_of, resolve_sites
 from dsteer.behaviour.curves import Ledger, exponential, means
 from dsteer.behaviour.diagnoses import diagnose
 from dsteer.behaviour.metrics import (
@@ -234,7 +234,7 @@ class _Run:
     def __init__(self, study: Study) -> None:
         self.study, self.config = study, study.config
         self.pair, self.reporter = study.pair, study.reporter
-        self.tokenizer = study.pair.tokenizer
+        self.tokenizer = study.pair.tokenizer_for(study.template)
         self.decoding = Decoding(
             study.config.max_new_tokens,
             study.config.temperature,
@@ -282,6 +282,7 @@ class _Run:
             max_tokens=min(limits),
             response="chosen" if answer else None,
             response_tokens=new if answer else None,
+            encoder_decoder=self.pair.encoder_decoder,
         )
         cut = sum(item.truncated for item in encoded)
         if cut:
@@ -451,7 +452,8 @@ class _Run:
         study, config = self.study, self.config
         sites = list(study.vectors)
         if config.site != "auto":
-            sites = [resolve_sites((config.site,), self.pair.n_blocks)[0]]
+            encoder = self.pair.encoder_decoder
+            sites = [resolve_sites((config.site,), self.pair.n_blocks, encoder=encoder)[0]]
             if sites[0] not in study.vectors:
                 raise MeasurementError(
                     f"site {sites[0]}: the run holds no v* there; name one of "
@@ -468,9 +470,11 @@ class _Run:
         ):
             for site in sites:
                 v = study.vectors[site]
-                row = dict.fromkeys(kinds, None) if v.undefined else {
-                    kind: self._recovered(model, v, kind, tune, aims) for kind in kinds
-                }  # fmt: skip
+                # the encoder generates nothing
+                has = [k for k in kinds if (site, k) != (ENCODER, "generated")]
+                row = dict.fromkeys(kinds, None)
+                if not v.undefined:
+                    row |= {kind: self._recovered(model, v, kind, tune, aims) for kind in has}
                 found[site] = {"norm": v.norm, "kl_recovered": row}
                 for kind, value in row.items():
                     if value is not None and (best is None or value > best[0] + 1e-9):
@@ -577,7 +581,7 @@ class _Run:
                 "tokens, as in the paper."
             )
         block = block_of(site)
-        last = block is None or block == self.pair.n_blocks - 1
+        last = site == FINAL_NORM or block == self.pair.n_blocks - 1
         if self.positions == "prompt_last" and last:
             self.notes.append(
                 f"At {site} the last prompt token alone is steered, and no block follows: only the "
@@ -851,7 +855,12 @@ class _Run:
 
                 found: list[tuple[Tensor, Tensor]] = []
                 for _ in steering.arms:
-                    choice = multiple_choice(questions, self.tokenizer, likelihoods)
+                    choice = multiple_choice(
+                        questions,
+                        self.tokenizer,
+                        likelihoods,
+                        encoder_decoder=self.pair.encoder_decoder,
+                    )
                     found.append((choice.mc1, choice.mc2))
                 return torch.stack([a for a, _ in found]), torch.stack([b for _, b in found])
 

@@ -62,6 +62,8 @@ def multiple_choice(
     questions: Sequence[Question],
     tokenizer: Tokenizer,
     score: Callable[[list[Continuation]], Float[Tensor, " n"]],
+    *,
+    encoder_decoder: bool = False,
 ) -> MultipleChoice:
     """MC1 and MC2 of a model, steered or not.
 
@@ -71,6 +73,7 @@ def multiple_choice(
         score: ln π(tokens | context) of each continuation, in nats;
             :func:`dsteer.training.evaluate.log_likelihoods` of the model, inside a steering context
             where it is steered. It is called once.
+        encoder_decoder: the encoder reads the question, the decoder writes the answer.
 
     Raises:
         MeasurementError: a log-likelihood is not finite.
@@ -80,7 +83,7 @@ def multiple_choice(
         prompt = PROMPT.format(question=question.text)
         answers = question.true + question.false
         pairs += [PreferencePair(prompt, chosen=f" {answer}") for answer in answers]
-    encoded = encode(tokenizer, pairs, response="chosen")
+    encoded = encode(tokenizer, pairs, response="chosen", encoder_decoder=encoder_decoder)
     items = [
         Continuation(item.ids[: item.prompt_length], item.ids[item.prompt_length :])
         for item in encoded

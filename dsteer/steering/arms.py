@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsteer.activations.batching import default_budget, pad_right, plan_batches
-from dsteer.activations.reading import padding_is_unseen
-from dsteer.activations.sites import FINAL_NORM, block_of
+from dsteer.activations.batching import default_budget, plan_batches
+from dsteer.activations.capture import site_module
+from dsteer.activations.inputs import Inputs, decoder_shift, plan_rows
+from dsteer.activations.reading import padding_is_unseen, rows_read_alike
+from dsteer.activations.sites import ENCODER, FINAL_NORM, block_of
 from dsteer.data.tokens import Encoded
 from dsteer.errors import ModelError
 from dsteer.models.anatomy import Anatomy, evaluating
@@ -99,9 +101,7 @@ def expanding(anatomy: Anatomy, site: str, arms: int) -> Iterator[None]:
     def expand(_module: nn.Module, _inputs: object, output: Any) -> Any:
         return Anatomy.write(output, Anatomy.read(output).repeat_interleave(arms, 0))
 
-    block = block_of(site)
-    module = anatomy.final_norm if block is None else anatomy.blocks[block]
-    handle = module.register_forward_hook(expand)
+    handle = site_module(anatomy, site).register_forward_hook(expand)
     try:
         yield
     finally:
@@ -129,10 +129,11 @@ def steered_states(
     """final_norm states that predict each answer token, under every arm, teacher-forced.
 
     Blocks up to the site are run once a text, those behind it once a text and arm, where the
-    model's attention can be replaced (tried on the first texts, and compared).
+    model's attention can be replaced (tried on the first texts, and compared). The encoder of an
+    encoder-decoder model is run once a text.
 
     Args:
-        model: a causal language model, not compiled.
+        model: a language model, not compiled.
         texts: prompts with answers; the states are those at tokens p − 1 … n − 2.
         steering: the arms.
         batch_tokens: tokens × arms a batch; default: some times what extraction takes.
@@ -144,15 +145,19 @@ def steered_states(
     anatomy = Anatomy.of(model)
     block = block_of(steering.site)
     # Where no block follows the site, an arm costs next to nothing.
-    behind = block is not None and block < anatomy.n_blocks - 1
+    behind = anatomy.encoder is not None or (block is not None and block < anatomy.n_blocks - 1)
     budget = batch_tokens or (4 if behind else 32) * default_budget(anatomy.device)
     needed = [item.ids[:-1] for item in texts]
     lengths = [len(ids) for ids in needed]
+    once = max(max(lengths), min(budget, default_budget(anatomy.device)))
     with evaluating(model):
-        shares = _shares(model, anatomy, texts, steering)
-        pad = shares or padding_is_unseen(model, anatomy, needed)
-    once = min(budget, default_budget(anatomy.device))
-    for batch in plan_batches(lengths, max(max(lengths), once), pad=pad):
+        shares = anatomy.encoder is None and _shares(model, anatomy, texts, steering)
+        if anatomy.encoder is None:
+            pad = shares or padding_is_unseen(model, anatomy, needed)
+            batches = plan_batches(lengths, once, pad=pad)
+        else:
+            batches = plan_rows(texts, once, pad=rows_read_alike(anatomy, texts))
+    for batch in batches:
         chosen = [texts[number] for number in batch.prompts]
         chunk = max(1, budget // (len(chosen) * batch.length))
         with evaluating(model):  # not across the yield: the caller runs in its own mode
@@ -187,11 +192,18 @@ def _states(
 ) -> Float[Tensor, "a n d"]:
     """The states of some texts under all arms, in one pass."""
     device, arms = anatomy.device, len(steering.arms)
-    width = max(len(item.ids) for item in texts) - 1
-    ids = pad_right([item.ids[:-1] for item in texts], width).to(device)
-    last = torch.tensor([len(item.ids) - 1 for item in texts], device=device)
+    needed = [Encoded(item.ids[:-1], item.prompt_length) for item in texts]
+    shifts = [decoder_shift(item, anatomy.start) for item in needed]
+    inputs = Inputs.of(needed, anatomy.start)
+    width = inputs.ids.shape[1]
+    last = torch.tensor(
+        [len(item.ids) + shift for item, shift in zip(needed, shifts, strict=True)], device=device
+    )
     column = torch.arange(width, device=device)
-    prompt_lengths = torch.tensor([item.prompt_length for item in texts], device=device)
+    prompt_lengths = torch.tensor(
+        [item.prompt_length + shift for item, shift in zip(needed, shifts, strict=True)],
+        device=device,
+    )
     placement = Placement(torch.where(column < last[:, None], column, -1), prompt_lengths)
     owners = torch.arange(arms, device=device).repeat(len(texts))
     with contextlib.ExitStack() as stack:
@@ -199,16 +211,22 @@ def _states(
             stack.enter_context(attending(model, causal))
             stack.enter_context(expanding(anatomy, steering.site, arms))
         else:
-            ids = ids.repeat_interleave(arms, 0)
+            inputs = inputs.repeat(arms)
+        if inputs.encoder_mask is not None:
+            stack.enter_context(expanding(anatomy, ENCODER, arms))
         hooks = stack.enter_context(Hooks(model, steering.interventions()))
         hooks.placement = spread(placement, owners)
-        output = anatomy.decoder(input_ids=ids, use_cache=False)
+        if inputs.encoder_mask is not None:
+            prompts = Placement.of_mask(inputs.encoder_mask.to(device))
+            lengths = prompts.index.amax(dim=1) + 1
+            hooks.encoder_placement = spread(replace(prompts, prompt_lengths=lengths), owners)
+        output = inputs.run(anatomy)
         hooks.require_ran()
     states = Anatomy.read(output[0]).view(len(texts), arms, width, -1)
     return torch.cat(
         [
-            states[row, :, item.prompt_length - 1 : len(item.ids) - 1]
-            for row, item in enumerate(texts)
+            states[row, :, item.prompt_length - 1 + shift : len(item.ids) + shift]
+            for row, (item, shift) in enumerate(zip(needed, shifts, strict=True))
         ],
         dim=1,
     )

@@ -36,6 +36,7 @@ from dsteer.data.types import PreferencePair, Prompt
 from dsteer.errors import DataError, MeasurementError, ModelError, StoreError
 from dsteer.models.anatomy import Anatomy, evaluating, max_positions, text_config
 from dsteer.models.load import Model
+from dsteer.models.seq2seq import is_encoder_decoder
 from dsteer.progress import SILENT, Reporter
 from dsteer.steering.arms import FAILURES, Arm, Steering
 from dsteer.steering.intervene import (
@@ -207,6 +208,7 @@ def decode(
             "steering": repr(replace(steering, arms=())),
             "decoding": repr(decoding),
             "ends": sorted(engine.ends),
+            **({} if anatomy.start is None else {"decoder_start": list(anatomy.start)}),
             "fast": not plain,
             "batches": [[list(batch.prompts), list(batch.arms)] for batch in batches],
         }
@@ -320,6 +322,7 @@ def sweep(
             prompts,  # type: ignore[arg-type]  # no Encoded among them
             template=template,
             max_tokens=None if limit is None else limit - max_new_tokens,
+            encoder_decoder=is_encoder_decoder(model.config),
         )
     arms = tuple(Arm(vector.tensor, float(strength)) for strength in strengths)
     decoded = decode(
@@ -386,13 +389,14 @@ def _end_ids(model: Model, tokenizer: Tokenizer) -> frozenset[int]:
 class _StopStrings:
     """Texts of continuations, and where a stop string ends them."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], joined: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._joined = joined  # a continuation goes on where the prompt ended
         self._stop = stop
 
     def text(self, prompt: Encoded, tokens: Sequence[int]) -> str:
         """The continuation alone; the prompt's end is decoded with it, for the sake of spaces."""
-        before = list(prompt.ids[-4:])
+        before = list(prompt.ids[-4:]) if self._joined else []
         head = self._decode(before)
         whole = self._decode([*before, *tokens])
         text = whole[len(head) :] if whole.startswith(head) else self._decode(list(tokens))
@@ -478,7 +482,7 @@ class _Engine:
         self.model, self.anatomy = model, anatomy
         self.steering, self.decoding = steering, decoding
         self.ends = _end_ids(model, tokenizer)
-        self.stops = _StopStrings(tokenizer, decoding.stop)
+        self.stops = _StopStrings(tokenizer, decoding.stop, anatomy.encoder is None)
 
     def uniform(self, prompts: Sequence[int]) -> Float[Tensor, "r t"] | None:
         """The draws of some rows; None if decoding is greedy."""
@@ -506,10 +510,14 @@ class _Engine:
         return int(len(prompt.ids) + self.decoding.max_new_tokens + logits)
 
     def bytes_a_column(self) -> int:
-        """Memory of one token of one row: keys and values of all blocks."""
+        """Memory of one token of one row: keys and values of all blocks.
+
+        A recurrent model, which has none, counts as if it had some as wide as its states.
+        """
         text = text_config(self.model.config)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        queries = getattr(text, "num_attention_heads", None) or 1
+        heads = getattr(text, "num_key_value_heads", None) or queries
+        width = getattr(text, "head_dim", None) or text.hidden_size // queries
         return int(2 * self.anatomy.n_blocks * heads * width * self.anatomy.dtype.itemsize)
 
 
@@ -582,6 +590,8 @@ def _shrunk(done: Bool[Tensor, "p a"]) -> tuple[Int[Tensor, " q"], Int[Tensor, "
 
 def _why_plain(engine: _Engine, prompts: Sequence[Encoded]) -> str:
     """Why the fast path can't decode a model, or an empty string: it is tried and compared."""
+    if engine.anatomy.encoder is not None:
+        return "an encoder-decoder model keeps two caches, of prompt and answer"
     if _ADAPTING_ROPE & _rope_types(engine.model):
         return "its position embedding depends on the longest text of a batch"
     by_length = sorted(prompts, key=lambda item: len(item.ids))
@@ -589,7 +599,8 @@ def _why_plain(engine: _Engine, prompts: Sequence[Encoded]) -> str:
     new = engine.decoding.max_new_tokens
     steps = min(_PROBE_TOKENS, new)
     end = len(longest) + new - steps  # a window may hide the first tokens from the last ones only
-    chosen = [shortest, (longest * (end // len(longest) + 1))[:end]]
+    # The shortest comes twice, for some models decode a prompt alone, but none beside another.
+    chosen = [shortest, (longest * (end // len(longest) + 1))[:end], shortest]
     arms = sorted({0, len(engine.steering.arms) - 1})
     owners = [(ids, arm) for ids in chosen for arm in arms]
     texts = [list(ids) for ids, _ in owners]
@@ -662,23 +673,32 @@ class _Plain(_Engine):
     def run(self, prompts: Sequence[Encoded], batch: _Batch) -> list[_Row]:
         owners = [(prompt, arm) for prompt in batch.prompts for arm in batch.arms]
         ids = torch.tensor([prompts[p].ids for p, _ in owners], device=self.anatomy.device)
+        start, begun = self.anatomy.start, ids
+        decoder = {}
+        if start is not None:
+            begun = torch.tensor([start] * len(owners), device=self.anatomy.device)
+            decoder = {"decoder_input_ids": begun}
         config = GenerationConfig(
             max_new_tokens=self.decoding.max_new_tokens,
             do_sample=False,
             eos_token_id=sorted(self.ends) or None,
             pad_token_id=min(self.ends, default=0),
             disable_compile=True,
+            decoder_start_token_id=None if start is None else start[0],
         )
         uniform = self.uniform([prompt for prompt, _ in owners])
         drawn = LogitsProcessorList()
         if uniform is not None:
-            drawn.append(_Draw(self.decoding, uniform, ids.shape[1]))
+            drawn.append(_Draw(self.decoding, uniform, begun.shape[1]))
         steered = self.steering.interventions([arm for _, arm in owners])
         with _generating(self.model, config), steer(self.model, steered):
             made = self.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=drawn
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                logits_processor=drawn,
+                **decoder,
             )
-        return self.rows(owners, made[:, ids.shape[1] :].tolist())
+        return self.rows(owners, made[:, begun.shape[1] :].tolist())
 
 
 @contextlib.contextmanager

@@ -27,8 +27,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
 
-from dsteer.activations.sites import block_of, resolve_sites
+from dsteer.activations.capture import site_module
+from dsteer.activations.sites import ENCODER, resolve_sites
 from dsteer.errors import ConfigError, MeasurementError, ModelError, did_you_mean
 from dsteer.geometry.displacement import as_matrix, as_numbers, as_vector
 from dsteer.models.anatomy import Anatomy, model_name
@@ -42,7 +44,13 @@ Positions = Literal["all", "prompt", "prompt_last", "generated"] | tuple[int, in
 
 ``all``; ``prompt``: i < p; ``prompt_last``: i = p − 1; ``generated``: i ≥ p − 1, for the state at
 p − 1 produces the first new token; a window (a, b): a ≤ i < b. Padding is never steered.
+
+In the decoder of an encoder-decoder model the start tokens are its prompt: ``prompt_last`` is the
+last of them, from which the first answer token is produced. At ``encoder`` all tokens are prompt.
 """
+
+_CACHES = ("past_key_values", "cache_params")
+"""What models call the argument that holds what they keep of earlier tokens."""
 
 Number = float | int
 Strength = Number | Sequence[Number] | Tensor
@@ -99,7 +107,7 @@ class Intervention:
     """One change of the states at one site. Formulas: see the module.
 
     Attributes:
-        site: ``resid_post.{k}`` or ``final_norm``.
+        site: ``resid_post.{k}``, ``final_norm`` or, of an encoder-decoder model, ``encoder``.
         vector: (d,), or (rows, d): one vector a row of the batch; None for ``scale``.
         operation: ``add``, ``ablate``, ``scale``, ``noise`` or ``project``.
         strength: s, one number or one a row of the batch.
@@ -141,6 +149,13 @@ class Intervention:
                 "by the state's norm"
             )
         _check_positions(self.positions)
+        if self.site == ENCODER and (self.positions == "generated" or self.schedule is not None):
+            what = "a schedule" if self.schedule is not None else "positions 'generated'"
+            raise ConfigError(
+                f"{what} at site 'encoder': the encoder reads the prompt once and generates "
+                "nothing; expected no schedule, and positions 'all', 'prompt', 'prompt_last' or a "
+                "window"
+            )
         if not np.isfinite(_strengths(self.strength)).all():
             raise MeasurementError(f"strength {self.strength}: expected finite numbers")
         seeds = [self.seed] if isinstance(self.seed, int) else list(self.seed)
@@ -310,17 +325,20 @@ class Hooks:
         model: the language model, not compiled.
         interventions: what is done, any number of them.
 
+    Attributes:
+        anatomy: the model's parts.
+
     Raises:
         ModelError: the model is none that hooks can change, or a vector is of another width.
         ConfigError: a site that the model lacks.
     """
 
     def __init__(self, model: Model, interventions: Sequence[Intervention]) -> None:
-        anatomy = Anatomy.of(model)
+        self.anatomy = anatomy = Anatomy.of(model)
         refuse_overflow(model.config, anatomy.dtype, model_name(model))
         self._at: dict[str, list[_Applied]] = {}
         for intervention in interventions:
-            resolve_sites(intervention.site, anatomy.n_blocks)
+            resolve_sites(intervention.site, anatomy.n_blocks, encoder=anatomy.encoder is not None)
             applied = _Applied(intervention)
             if applied.vectors is not None and applied.vectors.shape[1] != anatomy.width:
                 raise ModelError(
@@ -330,8 +348,7 @@ class Hooks:
             self._at.setdefault(intervention.site, []).append(applied)
         self._modules: dict[str, nn.Module] = {}
         for site in self._at:
-            block = block_of(site)
-            module = anatomy.final_norm if block is None else anatomy.blocks[block]
+            module = site_module(anatomy, site)
             if isinstance(module, torch.jit.ScriptModule):
                 raise ModelError(
                     f"{site}: its module is a TorchScript module, which may skip hooks; pass the "
@@ -340,6 +357,7 @@ class Hooks:
             self._modules[site] = module
         self._handles: list[RemovableHandle] = []
         self._placement: Placement | None = None
+        self._encoder_placement: Placement | None = None
         self._ran: set[str] = set()
 
     @property
@@ -349,17 +367,28 @@ class Hooks:
 
     @property
     def placement(self) -> Placement | None:
-        """Where the tokens of the coming pass stand; None while no pass is expected."""
+        """Where the (decoder's) tokens of the coming pass stand; None while none is expected."""
         return self._placement
 
     @placement.setter
     def placement(self, placement: Placement | None) -> None:
         self._placement = placement
-        self._ran.clear()
+        self._ran &= {ENCODER}
+
+    @property
+    def encoder_placement(self) -> Placement | None:
+        """Where the tokens of the encoder's coming pass stand; None while none is expected."""
+        return self._encoder_placement
+
+    @encoder_placement.setter
+    def encoder_placement(self, placement: Placement | None) -> None:
+        self._encoder_placement = placement
+        if placement is not None:
+            self._ran.discard(ENCODER)
 
     @property
     def silent(self) -> tuple[str, ...]:
-        """The sites whose modules have not run since the placement was set."""
+        """The sites whose modules have not run since their placement was set."""
         return tuple(site for site in self._at if site not in self._ran)
 
     def require_ran(self) -> None:
@@ -387,7 +416,7 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.placement = None
+        self.placement = self.encoder_placement = None
 
     def apply(self, site: str, state: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         """Change a state as the hook at a site does; where nothing acts, return it.
@@ -396,14 +425,15 @@ class Hooks:
             ModelError: no placement is set, or its shape or rows are not those of the state.
         """
         applied = self._at.get(site, [])
-        if applied and self._placement is None:
+        placement = self._encoder_placement if site == ENCODER else self._placement
+        if applied and placement is None:
             raise ModelError(
                 f"{site}: its module ran outside a pass through the decoder; call the whole model "
                 "while it is steered"
             )
         for one in applied:
-            assert self._placement is not None
-            state = one(state, self._placement)
+            assert placement is not None
+            state = one(state, placement)
         return state
 
     def _hook(self, site: str) -> Callable[[nn.Module, object, object], object]:
@@ -444,7 +474,8 @@ def steer(
     one's ids with one more column continues it. ``prompt_lengths`` overrides this, and is needed
     where a prompt enters in several passes (chunked prefill, a cache filled beforehand), or where
     a prompt and its answer enter in one; only ``all`` and windows without a schedule need no
-    lengths.
+    lengths. The decoder of an encoder-decoder model needs none: its prompt is its start tokens; its
+    encoder's tokens are those of the encoder's own pass, which ``generate`` makes once.
 
     Vectors of several sites are added at once, but each displacement already holds what earlier
     sites added: all v* of a set together shift far more than tuning did. Choose one site, or
@@ -485,10 +516,22 @@ def steer(
         "seed": seed,
     }
     hooks = Hooks(model, _interventions(what, settings))
-    passes = _Passes(prompt_lengths)
+    anatomy = hooks.anatomy
+    passes = _Passes(prompt_lengths, anatomy.start)
+
+    def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hooks.encoder_placement = _whole(encoder, args, kwargs)
+
+    def after_encoder(_encoder: nn.Module, _inputs: object, _output: object) -> None:
+        hooks.encoder_placement = None
 
     def before(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hooks.placement = passes.place(decoder, args, kwargs)
+        if ENCODER in hooks.silent:
+            raise ModelError(
+                "the encoder ran before it was steered, and its states are taken as they are; give "
+                "the model input_ids, not encoder_outputs"
+            )
 
     def after(_decoder: nn.Module, _inputs: object, _output: object) -> None:
         try:
@@ -496,14 +539,22 @@ def steer(
         finally:
             hooks.placement = None
 
-    decoder = model.get_decoder()
+    around: list[tuple[nn.Module, Callable[..., None], Callable[..., None]]] = [
+        (anatomy.decoder, before, after)
+    ]
+    if anatomy.encoder is not None:
+        around.append((anatomy.encoder, before_encoder, after_encoder))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_uncompiled(model))
         stack.enter_context(hooks)
-        handle = decoder.register_forward_pre_hook(before, with_kwargs=True)
-        stack.callback(handle.remove)
-        handle = decoder.register_forward_hook(after)
-        stack.callback(handle.remove)
+        for wrapper in _wrappers(model, anatomy):
+            handle = wrapper.register_forward_pre_hook(passes.ask, with_kwargs=True)
+            stack.callback(handle.remove)
+        for module, first, last in around:
+            handle = module.register_forward_pre_hook(first, with_kwargs=True)
+            stack.callback(handle.remove)
+            handle = module.register_forward_hook(last)
+            stack.callback(handle.remove)
         yield hooks
 
 
@@ -591,11 +642,27 @@ class _Applied:
 class _Passes:
     """Works out, pass by pass, where the tokens stand that a decoder is called with."""
 
-    def __init__(self, prompt_lengths: Sequence[int] | Tensor | None) -> None:
+    def __init__(
+        self, prompt_lengths: Sequence[int] | Tensor | None, start: tuple[int, ...] | None
+    ) -> None:
+        self._start = start
         self._given = None if prompt_lengths is None else torch.as_tensor(prompt_lengths)
         self._lengths: Tensor | None = None
         self._seen = 0  # columns that the last pass ended with
         self._uncached: Tensor | None = None  # what the last pass was given, if it had no cache
+        self._mask: Tensor | None = None  # which of the columns seen are text
+        self._cache: object = None
+        self._asked: list[Tensor | None] = []  # the mask that a wrapper of the decoder was given
+
+    def ask(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the mask that a module around the decoder is called with.
+
+        Some wrappers turn it into others before they call the decoder.
+        """
+        names = inspect.signature(wrapper.forward).parameters
+        mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
+        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+            self._asked = [mask]
 
     def place(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Placement:
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
@@ -603,18 +670,15 @@ class _Passes:
                 "the model is compiled or traced while it is steered, and its code may skip hooks; "
                 "run it as it is (of generate: disable_compile=True)"
             )
-        names = inspect.signature(decoder.forward).parameters
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
-        inputs = call.get("input_ids")
-        inputs = call.get("inputs_embeds") if inputs is None else inputs
-        if inputs is None:
-            raise ModelError("the decoder was called without input_ids and inputs_embeds")
-        cache = call.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
+        call, inputs = _called(decoder, args, kwargs)
+        cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
+        past = self._past(cache)
         batch, columns = inputs.shape[:2]
-        mask = call.get("attention_mask")
+        mask = self._mask_of(call)
         if mask is None:
             mask = torch.ones(batch, past + columns, dtype=torch.long, device=inputs.device)
+            if past and self._mask is not None and self._mask.shape == (batch, past):
+                mask[:, :past] = self._mask  # a recurrent model gets no mask once it has a state
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < past + columns:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ModelError(
@@ -632,7 +696,10 @@ class _Passes:
         elif not (uncached and self._continues(inputs)):
             self._lengths = placement.index.amax(dim=1) + 1
         self._seen = past + columns
+        self._mask, self._cache = mask[:, : past + columns], cache
         self._uncached = inputs if uncached else None
+        if self._start is not None:
+            self._lengths = torch.full((batch,), len(self._start), device=inputs.device)
         lengths = self._lengths if self._given is None else self._given.to(mask.device)
         if self._given is not None and self._given.shape != (batch,):
             raise ModelError(
@@ -643,10 +710,76 @@ class _Passes:
             lengths = None
         return replace(placement, prompt_lengths=lengths)
 
+    def _mask_of(self, call: dict[str, Any]) -> Any:
+        """The mask (B, T) of a call, or that of the wrapper which made another of it."""
+        mask, asked = call.get("attention_mask"), self._asked
+        self._asked = []
+        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2) or not asked:
+            return mask
+        return asked[0]
+
+    def _past(self, cache: Any) -> int:
+        """How many columns a cache holds."""
+        if cache is None:
+            return 0
+        length: int | None = None
+        with contextlib.suppress(AttributeError, ValueError):  # a recurrent state has no length
+            length = int(cache.get_seq_length())
+        if length is None and isinstance(cache, Cache):
+            if not cache.has_previous_state():
+                return 0
+            if not self._seen:
+                raise ModelError(
+                    "this pass continues a recurrent state whose prompt was not seen, so the place "
+                    "of its tokens is not known; begin with the prompt"
+                )
+            return self._seen
+        if length is None or (length == 0 and cache is self._cache):
+            raise ModelError(
+                f"the model keeps a cache of its own ({type(cache).__name__}), which tells no "
+                "length, so the place of its tokens is not known; pass use_cache=False"
+            )
+        return length
+
     def _continues(self, inputs: Tensor) -> bool:
         """Whether these are the last pass's inputs and one more column."""
         last = self._uncached
         return last is not None and torch.equal(inputs[:, :-1], last)
+
+
+def _called(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], Tensor]:
+    """The arguments of a call by name, and its ids or embeddings."""
+    names = inspect.signature(module.forward).parameters
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    inputs = call.get("input_ids")
+    inputs = call.get("inputs_embeds") if inputs is None else inputs
+    if inputs is None:
+        raise ModelError(f"{type(module).__name__} was called without input_ids and inputs_embeds")
+    return call, inputs
+
+
+def _whole(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Placement:
+    """Where the tokens stand that an encoder is called with, all of them prompt."""
+    call, inputs = _called(encoder, args, kwargs)
+    mask = call.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+    if mask.shape != inputs.shape[:2]:
+        raise ModelError(
+            f"the encoder's attention_mask {tuple(mask.shape)}: expected one of shape "
+            f"{tuple(inputs.shape[:2])} to tell padding from text"
+        )
+    placement = Placement.of_mask(mask)
+    return replace(placement, prompt_lengths=placement.index.amax(dim=1) + 1)
+
+
+def _wrappers(model: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
+    """The modules around a decoder, from the outside in; none where their mask is an encoder's."""
+    path = next((name for name, module in model.named_modules() if module is anatomy.decoder), "")
+    parts = path.split(".") if path and anatomy.encoder is None else []
+    return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
 
 
 def _interventions(what: Any, settings: dict[str, Any]) -> list[Intervention]:

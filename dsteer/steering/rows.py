@@ -163,15 +163,21 @@ class Rows:
         placement = Placement(torch.where(column < lengths[:, None] - 1, column, -1), lengths)
         block = block_of(self._steering.site)
         inner = block is not None and block < self._anatomy.n_blocks - 1
+        reading = {
+            "input_ids": ids,
+            "position_ids": column[None],  # one row, which suits any number of rows behind a site
+            "past_key_values": self._cache,
+            "use_cache": True,
+        }
         with contextlib.ExitStack() as stack:
             if inner and self._steers_prompts:
                 stack.enter_context(expanding(self._anatomy, self._steering.site, self._arms))
                 hooks = stack.enter_context(Hooks(self._model, self._steering.interventions()))
                 hooks.placement = spread(placement, self._owner[: len(prompts) * self._arms])
-                self._anatomy.decoder(input_ids=ids, past_key_values=self._cache, use_cache=True)
+                self._anatomy.decoder(**reading)
                 hooks.require_ran()
             else:
-                self._anatomy.decoder(input_ids=ids, past_key_values=self._cache, use_cache=True)
+                self._anatomy.decoder(**reading)
 
     @property
     def _steers_prompts(self) -> bool:

@@ -44,6 +44,8 @@ class DivergentPairs:
         pairs: Sequence[PreferencePair],
         tokenizer: PreTrainedTokenizerBase,
         max_tokens: int,
+        *,
+        encoder_decoder: bool = False,
     ) -> DivergentPairs:
         """Encode pairs as DPO does, and cut both texts of each to ``max_tokens``.
 
@@ -55,7 +57,8 @@ class DivergentPairs:
         """
         both = answered(pairs)
         examples, at, prompts, answers = [], [], 0, 0
-        for example in encode_pairs(both, tokenizer) if both else []:
+        encoded = encode_pairs(both, tokenizer, encoder_decoder=encoder_decoder) if both else []
+        for example in encoded:
             cut = _cut(example, max_tokens, tokenizer.bos_token_id)
             index = first_divergence(cut.chosen, cut.rejected)
             if index is None:
@@ -86,7 +89,7 @@ class DivergentPairs:
     def contexts(self) -> list[Encoded]:
         """Prompt and common prefix of the answers: the last token predicts the diverging one."""
         return [
-            Encoded((*e.prompt, *e.chosen[:k]), len(e.prompt) + k)
+            Encoded((*e.prompt, *e.chosen[:k]), len(e.prompt))
             for e, k in zip(self.examples, self.at, strict=True)
         ]
 

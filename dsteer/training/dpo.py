@@ -1,5 +1,7 @@
 """DPO through TRL, with frozen embeddings. The only module that imports TRL.
 
+TRL trains decoder-only models; encoder-decoder ones get a trainer of our own, with the same loss.
+
 The loss of a pair is −ln σ(β[(ln π(y_w|x) − ln π(y_l|x)) − (ln π_ref(y_w|x) − ln π_ref(y_l|x))]).
 """
 
@@ -22,11 +24,13 @@ import datasets
 import torch
 from datasets import Dataset
 from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -37,15 +41,23 @@ from trl import DPOConfig, DPOTrainer
 from dsteer.config import DpoConfig, Freeze, LoraConfig
 from dsteer.data.types import PreferencePair
 from dsteer.errors import ConfigError, DataError, MeasurementError, did_you_mean
-from dsteer.models.load import quiet
+from dsteer.models.load import quiet, resolve_device
+from dsteer.models.seq2seq import is_encoder_decoder
+from dsteer.parallel import ALONE, Ranks, share_batch
 from dsteer.progress import SILENT, Advance, Reporter
 from dsteer.store import Json, atomic_folder, read_json, write_json
 from dsteer.training.checkpoints import latest_checkpoint, mark_complete, own_random_state
 from dsteer.training.evaluate import PairLikelihoods, curve_point, pair_likelihoods, reward_margins
-from dsteer.training.examples import Example, encode_pairs, fitting, to_rows
+from dsteer.training.examples import Example, Row, encode_pairs, fitting, to_rows
+from dsteer.training.seq2seq import Seq2SeqDpoTrainer, check_loss
 
 LN2_TOLERANCE = 1e-2
 """How far the first loss may be from ln 2: bfloat16 rounds sums of log-probabilities that much."""
+
+_OWN_LOOP = (
+    "TRL trains decoder-only models; this encoder-decoder model was trained with the same loss by "
+    "dsteer's own trainer."
+)
 
 LOW_SHARE = 0.25
 """Below it, the share of changed parameters is worth a warning."""
@@ -191,6 +203,7 @@ def train_dpo(
     dtype: str = "float32",
     seed: int = 0,
     reporter: Reporter = SILENT,
+    ranks: Ranks = ALONE,
 ) -> DpoRun:
     """Train a base with DPO and save the tuned model (or its adapter) in ``folder/model``.
 
@@ -199,6 +212,9 @@ def train_dpo(
 
     ``folder/checkpoints`` holds what an interrupted run resumes from; a run that was killed at any
     moment and started again ends with the same bytes. The caller deletes it when all is done.
+
+    Several processes share each batch (DDP): the same pairs make the same steps as in one process,
+    up to the rounding of sums. The first one measures and saves.
 
     Args:
         load_base: loads the base afresh, in the asked dtype.
@@ -212,24 +228,27 @@ def train_dpo(
         dtype: of the weights.
         seed: of data order, adapters and dropout.
         reporter: shows progress.
+        ranks: the processes that train together.
 
     Raises:
-        ConfigError: see :func:`check_config`; a length beyond the model's context.
+        ConfigError: see :func:`check_config`; a length beyond the model's context; a batch that the
+            processes can't share.
         DataError: no pair fits into max_length.
         MeasurementError: the loss is no longer finite, or no parameter changed.
     """
     check_config(config, device, dtype)
     checkpoints = folder / "checkpoints"
     finished = checkpoints / "finished.json"
-    if finished.is_file():
-        return DpoRun(**read_json(finished))
-    with _quiet(), own_random_state(seed):
-        run = _train(
-            load_base, tokenizer, train, heldout, config, folder, checkpoints, base_path, device,
-            dtype, seed, reporter,
-        )  # fmt: skip
-    write_json(finished, vars(run))
-    return run
+    if not ranks.broadcast(finished.is_file()):
+        with _quiet(), own_random_state(seed):
+            run = _train(
+                load_base, tokenizer, train, heldout, config, folder, checkpoints, base_path,
+                device, dtype, seed, reporter, ranks,
+            )  # fmt: skip
+        if run is not None:
+            write_json(finished, vars(run))
+        ranks.barrier()
+    return DpoRun(**read_json(finished))
 
 
 def _train(
@@ -245,9 +264,15 @@ def _train(
     dtype: str,
     seed: int,
     reporter: Reporter,
-) -> DpoRun:
+    ranks: Ranks,
+) -> DpoRun | None:
+    """Train; all but the first process return None."""
+    args = _arguments(config, checkpoints, device, dtype, seed, ranks)
     model = load_base()
     _check_length(config, model)
+    seq2seq = is_encoder_decoder(model.config)
+    if seq2seq:
+        check_loss(config.loss_type)
     frozen = freeze_embeddings(model, config.freeze)
     if config.lora is not None:
         _check_lora(config.lora, model, frozen)
@@ -257,20 +282,34 @@ def _train(
         # bfloat16 weights swallow small steps: float32 sums them up, and their sum is what is saved
         model.float()
     total = sum(parameter.numel() for parameter in model.parameters())
-    encoded = encode_pairs(train, tokenizer)
+    encoded = encode_pairs(train, tokenizer, encoder_decoder=seq2seq)
     pairs = _count(encoded, config.max_length)
-    held = fitting(encode_pairs(heldout, tokenizer), config.max_length)
-    args = _arguments(config, checkpoints, device, dtype, seed)
-    watcher = _Watcher(held, config, reporter)
-    trainer = _Trainer(
-        model=model,
-        ref_model=_reference(load_base, config),
-        args=args,
-        train_dataset=Dataset.from_list(to_rows(train, tokenizer)),
-        processing_class=tokenizer,
-        peft_config=_peft_config(config.lora),
-        callbacks=[watcher],
-    )
+    held = encode_pairs(heldout, tokenizer, encoder_decoder=seq2seq)
+    held = fitting(held, config.max_length)
+    watcher = _Watcher(held, config, reporter, ranks)
+    if seq2seq:
+        used = fitting(encoded, config.max_length)
+        trainer: Trainer = Seq2SeqDpoTrainer(
+            model=_with_adapter(model, config.lora),
+            ref_model=_reference(load_base, config),
+            args=args,
+            examples=used,
+            processing_class=tokenizer,
+            callbacks=[watcher],
+        )
+        if config.reference == "precomputed":
+            with trainer.accelerator.autocast():
+                trainer.reference = pair_likelihoods(trainer.model, used)
+    else:
+        trainer = _Trainer(
+            model=model,
+            ref_model=_reference(load_base, config),
+            args=args,
+            train_dataset=_dataset(to_rows(train, tokenizer), checkpoints / "pairs", ranks),
+            processing_class=tokenizer,
+            peft_config=_peft_config(config.lora),
+            callbacks=[watcher],
+        )
     if config.lora is not None:
         _set_lora_dropout(trainer.model, config.lora.dropout)
     trainer.remove_callback(PrinterCallback)
@@ -281,12 +320,15 @@ def _train(
         for name, parameter in trainer.model.named_parameters()
         if parameter.requires_grad
     }
-    if held:
+    if held and ranks.main:
         with trainer.accelerator.autocast():  # as the trainer will run the model
             watcher.reference = pair_likelihoods(trainer.model, held)
     with watcher:
-        newest = latest_checkpoint(checkpoints)
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        newest = latest_checkpoint(checkpoints) if ranks.main else None
+        path = ranks.broadcast(str(newest) if newest else None)
+        trainer.train(resume_from_checkpoint=path)
+    if not ranks.main:
+        return None
     if config.lora is None:
         model.to(weights)
     parameters = _changes(trainer.model, initial, total, config, dtype)
@@ -314,7 +356,11 @@ def _train(
         freeze=_freeze_record(frozen, before, after),
         parameters=parameters,
         pairs=pairs,
-        notes=_notes(config, frozen, pairs, first_loss, parameters["changed_share"]),
+        notes=[
+            *([_OWN_LOOP] if seq2seq else []),
+            *_notes(config, frozen, pairs, first_loss, parameters["changed_share"]),
+            *_filling(config, pairs["train"], trainer.state.epoch, ranks.world),
+        ],
     )
 
 
@@ -329,8 +375,17 @@ class _Trainer(DPOTrainer):  # type: ignore[misc]
 
 
 def _arguments(
-    config: DpoConfig, checkpoints: Path, device: str, dtype: str, seed: int
+    config: DpoConfig,
+    checkpoints: Path,
+    device: str,
+    dtype: str,
+    seed: int,
+    ranks: Ranks = ALONE,
 ) -> DPOConfig:
+    batch_size, accumulation = share_batch(
+        config.batch_size, config.gradient_accumulation, ranks.world
+    )
+    ranks.connect()  # before the trainer would, which does not wait as long
     # transformers renamed the setting on its way to 6
     renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
@@ -344,8 +399,8 @@ def _arguments(
         max_length=config.max_length,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps if config.max_steps is not None else -1,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
         warmup_steps=config.warmup_ratio,
@@ -357,7 +412,7 @@ def _arguments(
         save_strategy="steps",
         save_steps=config.checkpoint_every,
         bf16=dtype == "bfloat16",
-        use_cpu=device == "cpu",
+        use_cpu=resolve_device(device).type == "cpu",
         dataloader_pin_memory=False,
         seed=seed,
         data_seed=seed,
@@ -369,6 +424,19 @@ def _arguments(
     return args
 
 
+def _dataset(rows: list[Row], folder: Path, ranks: Ranks) -> Dataset:
+    """The pairs for TRL. Several processes read them from one folder: there the first one leaves
+    the reference's log-probabilities for all."""
+    dataset = Dataset.from_list(rows)
+    if ranks.world == 1:
+        return dataset
+    if ranks.main:
+        with atomic_folder(folder) as temporary:
+            dataset.save_to_disk(temporary)
+    ranks.barrier()
+    return Dataset.load_from_disk(folder)
+
+
 def _reference(
     load_base: Callable[[], PreTrainedModel], config: DpoConfig
 ) -> PreTrainedModel | None:
@@ -376,7 +444,13 @@ def _reference(
     return load_base() if config.reference == "live" and config.lora is None else None
 
 
-def _peft_config(lora: LoraConfig | None) -> PeftLoraConfig | None:
+def _with_adapter(model: PreTrainedModel, lora: LoraConfig | None) -> PreTrainedModel:
+    """An encoder-decoder model with the adapter around it, where one is asked for."""
+    config = _peft_config(lora, "SEQ_2_SEQ_LM")
+    return model if config is None else get_peft_model(model, config)
+
+
+def _peft_config(lora: LoraConfig | None, task: str = "CAUSAL_LM") -> PeftLoraConfig | None:
     if lora is None:
         return None
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -385,7 +459,7 @@ def _peft_config(lora: LoraConfig | None) -> PeftLoraConfig | None:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
 
 
@@ -400,12 +474,16 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
     """Progress, the held-out curve, and checkpoints that can be trusted.
 
     The trainer forgets the sums of its running log when it resumes, so each checkpoint is preceded
-    by a log, and the curve of a resumed run equals that of an undisturbed one.
+    by a log, and the curve of a resumed run equals that of an undisturbed one. Of several processes
+    the first one measures the curve; the others wait for it at their next step.
     """
 
-    def __init__(self, held: list[Example], config: DpoConfig, reporter: Reporter) -> None:
+    def __init__(
+        self, held: list[Example], config: DpoConfig, reporter: Reporter, ranks: Ranks
+    ) -> None:
         self.reference: PairLikelihoods | None = None
-        self._held = held
+        self._held = held if ranks.main else []
+        self._ranks = ranks
         self._config = config
         self._reporter = reporter
         self._stack = ExitStack()
@@ -463,7 +541,9 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
     ) -> None:
-        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._ranks.barrier()  # each process has written its own random state
+        if self._ranks.main:
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def _heldout(self, model: PreTrainedModel) -> dict[str, float]:
         assert self.reference is not None
@@ -596,6 +676,18 @@ def _notes(
             "construction: read every rank and spectrum with that in mind."
         )
     return notes
+
+
+def _filling(config: DpoConfig, pairs: int, epochs: float, world: int) -> list[str]:
+    """Where several processes did not take the batches of one: each needs as many pairs."""
+    own, _ = share_batch(config.batch_size, config.gradient_accumulation, world)
+    rest = pairs % (own * world)
+    if world == 1 or rest == 0 or epochs < 1:
+        return []
+    return [
+        f"{world} processes trained together: the last batch of each epoch, of {rest} pairs, was "
+        f"filled up to {own * world} with pairs from the epoch's beginning."
+    ]
 
 
 # ---------------------------------------------------------------------------------- files

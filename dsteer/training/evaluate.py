@@ -1,6 +1,7 @@
 """What DPO did, on held-out pairs: implicit rewards and KL, teacher-forced, with intervals.
 
-Texts are sorted by length and padded on the right; a causal model needs no mask for that.
+Texts are sorted by length and padded on the right; a causal model needs no mask for that, and an
+encoder has one.
 Log-softmax and all sums are in float64.
 """
 
@@ -15,8 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dsteer.activations.inputs import Inputs, decoder_shift
+from dsteer.data.tokens import Encoded
 from dsteer.geometry.intervals import Interval, bootstrap_mean, bootstrap_ratio
 from dsteer.geometry.logits import kl_divergence
+from dsteer.models.placement import execution_device
+from dsteer.models.seq2seq import start_ids
 from dsteer.progress import SILENT, Reporter
 from dsteer.training.examples import Example
 
@@ -29,7 +34,10 @@ NOISE_PAIRS = 32
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """A context and the tokens whose probability is asked for."""
+    """A context and the tokens whose probability is asked for.
+
+    The context is what the encoder of an encoder-decoder model reads.
+    """
 
     context: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -53,13 +61,15 @@ def continuation_logits(
     model: PreTrainedModel, items: Sequence[Continuation]
 ) -> list[Float[Tensor, "t vocab"]]:
     """Logits from which the model would choose each token of each continuation, in one batch."""
-    width = max(len(item) for item in items)
-    ids = torch.zeros(len(items), width, dtype=torch.long)
-    for row, item in enumerate(items):
-        ids[row, : len(item)] = torch.tensor(item.context + item.tokens)
-    device = model.get_input_embeddings().weight.device
-    logits = model(input_ids=ids.to(device), use_cache=False).logits
-    return [logits[row, len(item.context) - 1 : len(item) - 1] for row, item in enumerate(items)]
+    rows = [Encoded(item.context + item.tokens, len(item.context)) for item in items]
+    start = start_ids(model)
+    device = execution_device(model.get_input_embeddings())
+    logits = model(**Inputs.of(rows, start).arguments(device), use_cache=False).logits
+    found = []
+    for row, item in enumerate(rows):
+        shift = decoder_shift(item, start) - 1
+        found.append(logits[row, item.prompt_length + shift : len(item.ids) + shift])
+    return found
 
 
 def log_likelihoods(model: PreTrainedModel, items: Sequence[Continuation]) -> Float[Tensor, " n"]:

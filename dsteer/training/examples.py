@@ -8,6 +8,7 @@ from typing import TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
+from dsteer.data.tokens import encode, encode_answers
 from dsteer.data.transcript import render_transcript
 from dsteer.data.types import Message, PreferencePair
 from dsteer.errors import DataError, ModelError
@@ -26,7 +27,7 @@ class Example:
     """A pair as token ids, before any cut to a maximal length.
 
     Attributes:
-        prompt: ids with one BOS.
+        prompt: ids with one BOS; for an encoder, with the special tokens around a text.
         chosen: ids of the preferred answer with its EOS.
         rejected: ids of the other answer with its EOS.
         split_token: whether the prompt's last tokens merge with an answer, so that TRL leaves them
@@ -82,8 +83,7 @@ def to_rows(pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase)
     Raises:
         ModelError: the tokenizer has no EOS token, which ends each answer.
     """
-    if tokenizer.eos_token is None:
-        raise ModelError("the tokenizer has no EOS token, which ends each answer; set eos_token")
+    _require_eos(tokenizer)
     if tokenizer.chat_template and all(not isinstance(pair.prompt, str) for pair in pairs):
         return [_messages(pair) for pair in pairs]
     bos = tokenizer.bos_token if _writes_bos(tokenizer) else ""
@@ -92,6 +92,12 @@ def to_rows(pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase)
         prompt, chosen, rejected = as_text(pair, tokenizer)
         rows.append(Row(prompt=prompt.removeprefix(bos), chosen=chosen, rejected=rejected))
     return rows
+
+
+def _require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token is None:
+        raise ModelError("the tokenizer has no EOS token, which ends each answer; set eos_token")
+    return int(tokenizer.eos_token_id)
 
 
 def _writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -111,13 +117,24 @@ def _messages(pair: PreferencePair) -> Row:
 
 
 def encode_pairs(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase
+    pairs: Sequence[PreferencePair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    encoder_decoder: bool = False,
 ) -> list[Example]:
     """Turn pairs into ids, exactly as TRL's DPOTrainer does.
 
     EOS is added to text answers (a template brings its own). Prompt and prompt + answer are encoded
     separately; the answer begins where they part.
+
+    Args:
+        pairs: with two answers each.
+        tokenizer: with EOS.
+        encoder_decoder: prompt and answers are texts of their own, encoded as
+            :func:`dsteer.data.tokens.encode` does for such a model, and EOS ends each answer.
     """
+    if encoder_decoder:
+        return _encode_apart(pairs, tokenizer)
     examples = []
     for pair, row in zip(pairs, to_rows(pairs, tokenizer), strict=True):
         prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
@@ -144,6 +161,30 @@ def _joined(
         end = tokenizer.eos_token
         return prompt + answer + ("" if answer.endswith(end) else end)
     return [*prompt, *answer]  # type: ignore[list-item]
+
+
+def _encode_apart(
+    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    if not pairs:
+        return []
+    eos = _require_eos(tokenizer)
+    texts = [as_text(pair, tokenizer) for pair in pairs]
+    prompts = encode(tokenizer, [pair.prompt for pair in pairs], encoder_decoder=True)
+    answers = []
+    for answer in (1, 2):
+        ids = encode_answers(tokenizer, [text[answer] for text in texts])
+        answers.append([tuple(row) if row[-1:] == [eos] else (*row, eos) for row in ids])
+    return [
+        Example(
+            prompt=prompt.ids,
+            chosen=chosen,
+            rejected=rejected,
+            split_token=False,
+            conversation=pair.conversation,
+        )
+        for pair, prompt, chosen, rejected in zip(pairs, prompts, *answers, strict=True)
+    ]
 
 
 def _ids(

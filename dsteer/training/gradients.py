@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from dsteer.activations.sites import block_of
+from dsteer.activations.capture import site_module
+from dsteer.activations.inputs import Inputs, decoder_shift
+from dsteer.data.tokens import Encoded
 from dsteer.errors import DataError, MeasurementError, ModelError
 from dsteer.models.anatomy import Anatomy
 from dsteer.progress import SILENT, Reporter
@@ -29,7 +31,8 @@ class MarginGradients:
     Attributes:
         margins: m in nats, float64.
         sequence: site → the gradient summed over all tokens of both texts: ∇_v m where v is added
-            to the site's state at every token, at v = 0. float64.
+            to the site's state at every token (of an encoder-decoder model, of the decoder), at
+            v = 0. float64.
         context: site → the gradient at the last token that both texts share, whose state predicts
             the first diverging token (the sum of its two copies, which are equal states). float64.
     """
@@ -89,12 +92,11 @@ def _one(
     if index is None:
         raise DataError(f"pair {number}: its answers do not diverge; leave it out")
     answers = (example.chosen, example.rejected)
-    start = len(example.prompt)
-    ids = torch.zeros(2, start + max(map(len, answers)), dtype=torch.long)
-    for row, answer in enumerate(answers):  # padded on the right: a causal model needs no mask
-        ids[row, : start + len(answer)] = torch.tensor(example.prompt + answer)
+    rows = [Encoded(example.prompt + answer, len(example.prompt)) for answer in answers]
+    start = len(example.prompt) + decoder_shift(rows[0], anatomy.start)
     states.clear()
-    logits = model(input_ids=ids.to(anatomy.device), use_cache=False).logits
+    inputs = Inputs.of(rows, anatomy.start).arguments(anatomy.device)
+    logits = model(**inputs, use_cache=False).logits
     likelihoods = []
     for row, answer in enumerate(answers):
         predicting = logits[row, start - 1 : start + len(answer) - 1]
@@ -107,13 +109,13 @@ def _one(
     gradients = torch.autograd.grad(margin, list(read.values()))
     sequence, context = {}, {}
     for site, gradient in zip(read, gradients, strict=True):
-        rows = gradient.cpu().double()
-        if not bool(torch.isfinite(rows).all()):
+        taken = gradient.cpu().double()
+        if not bool(torch.isfinite(taken).all()):
             raise MeasurementError(
                 f"pair {number}: its gradient at {site} is not finite; read the models in float32"
             )
-        sequence[site] = rows.sum(dim=(0, 1))
-        context[site] = rows[:, start + index - 1].sum(dim=0)
+        sequence[site] = taken.sum(dim=(0, 1))
+        context[site] = taken[:, start + index - 1].sum(dim=0)
     return float(margin.detach()), sequence, context
 
 
@@ -139,10 +141,7 @@ class _States:
 
     def __init__(self, anatomy: Anatomy, sites: Sequence[str]) -> None:
         self._sites = tuple(sites)
-        self._modules = [
-            anatomy.final_norm if (block := block_of(site)) is None else anatomy.blocks[block]
-            for site in sites
-        ]
+        self._modules = [site_module(anatomy, site) for site in sites]
         self._handles: list[RemovableHandle] = []
         self._caught: dict[str, Tensor] = {}
 

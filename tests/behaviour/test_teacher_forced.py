@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "activations"))
+from architectures import build, prompts_of
 from planted import planted_pair, tiny_llama
-from test_architectures import build, prompts_of
+from torch import Tensor
 
 import dsteer
 from dsteer.behaviour import teacher_forced

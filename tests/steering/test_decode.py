@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from architectures import ARCHITECTURES, build, prompts_of, small
+from planted import PROMPTS, byte_tokenizer, planted_pair, tiny_llama
 from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import AttentionInterface
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "activations"))
-from planted import PROMPTS, byte_tokenizer, planted_pair, tiny_llama
-from test_architectures import ARCHITECTURES, build, prompts_of, small
 
 import dsteer
 from dsteer.data.tokens import Encoded, encode

@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "activations"))
+from architectures import build
 from planted import PROMPTS, planted_pair
-from test_architectures import build
+from torch import Tensor, nn
 
 import dsteer
 from dsteer.activations.capture import Capture
@@ -604,7 +600,7 @@ def test_hooks_are_gone_afterwards(llama: Any, monkeypatch: pytest.MonkeyPatch) 
         clean = llama(ids).logits
     assert llama.generation_config.disable_compile is None
     with steer(llama, vset):
-        assert hooks_of(llama) == count + 5
+        assert hooks_of(llama) == count + 6  # three sites, two at the decoder, one around it
         assert llama.generation_config.disable_compile is True
     assert hooks_of(llama) == count
     assert llama.generation_config.disable_compile is None
@@ -763,9 +759,10 @@ def test_models_that_would_ignore_hooks_are_refused(llama: Any) -> None:
 
 
 def test_a_pass_through_twice_the_same_block_is_refused(llama: Any) -> None:
-    llama.model.layers[2] = llama.model.layers[1]
-    with steer(llama, V, site=SITE), pytest.raises(ModelError, match="ran twice"):
-        llama(tokens(1, 4), use_cache=False)
+    with steer(llama, V, site=SITE):
+        llama.model.layers[2] = llama.model.layers[1]
+        with pytest.raises(ModelError, match="ran twice"):
+            llama(tokens(1, 4), use_cache=False)
 
 
 def test_float16_gemma_is_refused() -> None:

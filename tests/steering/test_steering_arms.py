@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "activations"))
+from architectures import build, prompts_of
 from planted import PROMPTS, byte_tokenizer, planted_pair
-from test_architectures import build, prompts_of
+from torch import Tensor
 
 from dsteer.activations.capture import Capture
 from dsteer.data.tokens import Encoded, encode

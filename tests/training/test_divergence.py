@@ -39,7 +39,7 @@ def test_the_shared_text_and_the_tokens_behind_it() -> None:
     assert [item.ids for item in found.contexts] == [
         (BOS, *ids(text)) for text in ("Q: ye", "Q: no", "R:")
     ]
-    assert all(item.prompt_length == len(item.ids) for item in found.contexts)
+    assert [item.prompt_length for item in found.contexts] == [3, 3, 3]
     fewer = found.first(1)
     assert (len(fewer.examples), fewer.at, fewer.no_divergence) == (1, (3,), 1)
 

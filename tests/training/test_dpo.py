@@ -21,7 +21,7 @@ from dsteer.data.types import PreferencePair
 from dsteer.errors import ConfigError, DataError, MeasurementError
 from dsteer.models.tiny import build_model, build_tokenizer
 from dsteer.training import dpo
-from dsteer.training.dpo import _arguments, _quiet, _Trainer, known_losses, train_dpo
+from dsteer.training.dpo import _arguments, _filling, _quiet, _Trainer, known_losses, train_dpo
 from dsteer.training.evaluate import curve_point, pair_likelihoods, reward_margins
 from dsteer.training.examples import encode_pairs, to_rows
 
@@ -319,6 +319,17 @@ def test_pairs_that_are_cut_or_dropped_are_counted(base, tokenizer, tmp_path) ->
     assert any("lost the end of an answer" in note for note in run.notes)
     with pytest.raises(DataError, match="none of 48 training pairs has a prompt shorter"):
         train(base, tokenizer, tmp_path / "b", max_length=3)
+
+
+def test_what_several_processes_fill_up_is_told() -> None:
+    assert _filling(config(), 48, 2.0, 2) == []  # whole batches of 8
+    assert _filling(config(), 50, 2.0, 1) == []
+    assert _filling(config(), 50, 0.9, 2) == [], "no epoch ended"
+    (note,) = _filling(config(), 50, 1.0, 2)
+    assert "of 2 pairs, was filled up to 8 with pairs" in note
+    # batches of 1 in 8 turns, shared as 4 turns of 2
+    (note,) = _filling(config(batch_size=1, gradient_accumulation=8), 49, 1.0, 2)
+    assert "of 1 pairs, was filled up to 2 with pairs" in note
 
 
 @pytest.mark.parametrize(
