@@ -24,6 +24,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
+from dsteer.report.four_way_figures import four_way
 from dsteer.report.geometry_figures import (
     fig1a_preference_geometry,
     fig1b_gradients,
@@ -58,6 +59,7 @@ from dsteer.report.sweep_figures import (
     fig2b_all_metrics,
     fig2b_inversion,
 )
+from dsteer.report.transfer_figures import share_of_native
 from dsteer.report.values import (
     FINAL_NORM,
     at,
@@ -547,15 +549,29 @@ def fig3_cosine(result: dict[str, Json], folder: Path) -> Drawing | None:
         else f"at {site}, undefined, because Δ = 0"
         for site in shown
     )
+    one = sum(block(site) is None for site in sites) < 2
     data["caption"] = (
         f"Figure 3. Cosines of displacements with v*, fitted on N = {plural(n_fit, 'prompt')} "
         f"(in-sample and leave-one-out on these) and held-out on N = {plural(n_test, 'prompt')}, "
-        "with the null: the mean cosine of each draw in which all displacements got random signs. "
-        f"{_sentence(said)} Below: the held-out mean with its interval at each site, the in-sample "
-        "mean (dotted), and the null's 95 % quantile (dash-dotted); final_norm stands apart "
-        "because it is another quantity than the blocks' outputs."
+        "with the null: the mean cosine of each draw in which each conversation's displacements "
+        "got a random sign. "
+        f"{_kept_sentence(result)}{_sentence(said)} "
+        "Below: the held-out mean with its interval at each site, the in-sample "
+        f"mean (dotted), and the null's 95 % quantile (dash-dotted); {_apart(sites)} "
+        f"because {'it is' if one else 'each is'} another quantity than the blocks' outputs."
     )
     return Drawing("fig3_cosine", figure, data)
+
+
+def _kept_sentence(result: Json) -> str:
+    """Which prompts the histograms show, where they do not show all."""
+    kept = mapping(result.get("rows_kept"))
+    if not kept or all(kept[name] == result.get(f"n_{name}") for name in kept):
+        return ""
+    return (
+        f"Histograms show the prompts whose states were kept: {kept['fit']:,} fit and "
+        f"{kept['test']:,} test prompts. "
+    )
 
 
 def _cosines(tensors: dict[str, np.ndarray], site: str, result: Json) -> dict[str, np.ndarray]:
@@ -684,12 +700,19 @@ def fig4a_entropy(result: dict[str, Json], _folder: Path) -> Drawing | None:
         title_fontsize=8,
     )
     weights = "σ²" if power == 2 else "σ"
+    bounded = any(
+        value["low"] is not None
+        for matrices in data["entropy"].values()
+        for values in matrices.values()
+        for value in values.values()
+    )
     data["caption"] = (
         f"Figure 4a. Spectral entropy (weights {weights}, nats) of the states of the base, of the "
         f"states of the tuned model, and of their difference ΔH, on the same {_counts(n, d)}. "
-        "Bands and bars: jackknife intervals. Left, uncentred spectra hold the shift that all "
+        + ("Bands and bars: jackknife intervals. " if bounded else "There are no intervals. ")
+        + "Left, uncentred spectra hold the shift that all "
         "prompts share; right, centred spectra hold only what differs between prompts. "
-        "final_norm stands apart." + _undefined_sentence(results, sites)
+        f"{_apart(sites)}." + _undefined_sentence(results, sites)
     )
     return Drawing("fig4a_entropy", figure, data)
 
@@ -772,7 +795,7 @@ def fig4b_singular_values(result: dict[str, Json], _folder: Path) -> Drawing | N
     data["caption"] = (
         f"Figure 4b. The {depth} largest singular values over the Frobenius norm, σ_j/‖·‖_F, at "
         f"each site, of H_base, H_tuned and ΔH, on one colour scale ({_counts(n, d)}). The squares "
-        f"of all of a matrix's values sum to 1. final_norm stands apart.{hatched}"
+        f"of all of a matrix's values sum to 1. {_apart(sites)}.{hatched}"
     )
     return Drawing("fig4b_singular_values", figure, data)
 
@@ -816,12 +839,18 @@ def _undefined_sentence(results: dict[str, Json], sites: Sequence[str]) -> str:
 
 
 def _groups(sites: Sequence[str]) -> list[tuple[list[str], bool, float]]:
-    """The blocks, and apart from them the other sites: (sites, whether apart, relative width)."""
+    """The blocks, and apart from them each other site: (sites, whether apart, relative width)."""
     blocks = [site for site in sites if block(site) is not None]
     others = [site for site in sites if block(site) is None]
     span = _positions(blocks)[-1] - _positions(blocks)[0] + 1 if blocks else 0.0
-    groups = [(blocks, False, span), (others, True, max(1.0 * len(others), 0.15 * span))]
-    return [group for group in groups if group[0]]
+    groups = [(blocks, False, span)] if blocks else []
+    return [*groups, *(([site], True, max(1.0, 0.15 * span)) for site in others)]
+
+
+def _apart(sites: Sequence[str]) -> str:
+    """Which sites :func:`_groups` sets apart, as a clause."""
+    others = [site for site in sites if block(site) is None]
+    return f"{' and '.join(others) or FINAL_NORM} stand{'s' if len(others) < 2 else ''} apart"
 
 
 def _site_axes(
@@ -834,8 +863,8 @@ def _site_axes(
 ) -> list[tuple[Axes, list[str], bool]]:
     """Axes for each of :func:`_groups`: (axes, sites, whether apart).
 
-    The blocks are a curve over depth. ``final_norm`` is another quantity: it gets its own narrow
-    axes and is never joined to the curve.
+    The blocks are a curve over depth. ``final_norm`` is another quantity, and so is ``encoder``:
+    each gets its own narrow axes and is never joined to a curve.
     """
     panels: list[tuple[Axes, list[str], bool]] = []
     for place, (group, apart, _width) in zip(places, _groups(sites), strict=True):
@@ -997,6 +1026,7 @@ FIGURES: dict[str, dict[str, Draw]] = {
     "vector": {"kl_recovery": kl_recovery, "convergence": convergence},
     "cosine": {"fig3_cosine": fig3_cosine},
     "spectrum": {"fig4a_entropy": fig4a_entropy, "fig4b_singular_values": fig4b_singular_values},
+    "template": {"four_way": four_way},
     "geometry": {
         "fig1a_preference_geometry": fig1a_preference_geometry,
         "fig1b_gradients": fig1b_gradients,
@@ -1007,5 +1037,6 @@ FIGURES: dict[str, dict[str, Draw]] = {
         "fig2a_all_metrics": fig2a_all_metrics,
     },
     "inversion": {"fig2b_inversion": fig2b_inversion, "fig2b_all_metrics": fig2b_all_metrics},
+    "transfer": {"share_of_native": share_of_native},
 }
 """The figures of each stage, by file name, in the order of the report."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dsteer.report.four_way_tables import four_way_sentences
 from dsteer.report.sweep_values import (
     SWEEPS,
     best,
@@ -13,6 +14,7 @@ from dsteer.report.sweep_values import (
     stands_out,
 )
 from dsteer.report.tables import Results, recovered_at
+from dsteer.report.transfer_tables import transfer_sentences
 from dsteer.report.values import (
     FINAL_NORM,
     at,
@@ -29,6 +31,7 @@ from dsteer.report.values import (
     point,
     ratio,
     site_order,
+    split_rows,
 )
 from dsteer.store import Json
 
@@ -52,8 +55,11 @@ def headline(manifest: dict[str, Json], results: Results) -> list[Point]:
     points += _direction(results.get("cosine"), sites)
     points += _dimension(results.get("spectrum"), sites)
     points += _reach(results.get("vector"))
+    if said := four_way_sentences(results.get("template"), sites):
+        points.append(("Template and training", said))
     for stage in SWEEPS:
         points += _swept(results.get(stage))
+    points += [("Transfer", said)] if (said := transfer_sentences(results.get("transfer"))) else []
     return [*points, ("Keep in mind", [CONSTANT_BIAS])]
 
 
@@ -104,16 +110,24 @@ def _compared(manifest: dict[str, Json], results: Results) -> str:
     else:
         tuned = f"the tuned {at(config, 'models', 'tuned') or 'model'}"
     text = f"{base[:1].upper()}{base[1:]}, with {tuned}"
-    if activations is None:
+    four_way = results.get("template")
+    if activations is not None:
+        n, rows = at(activations, "n"), split_rows(activations)
+    elif four_way is not None:
+        rows = {split: int(at(four_way, f"n_{split}") or 0) for split in ("fit", "test")}
+        n = sum(rows.values())
+    else:
         return f"{text}. No activations were read."
-    rows = mapping(at(activations, "rows"))
-    sizes = [f"{split} {rows[split][1] - rows[split][0]:,}" for split in rows]
-    return (
-        f"{text}, at {plural(len(at(activations, 'sites') or []), 'site')} on "
-        f"N = {plural(at(activations, 'n'), 'prompt')}"
-        + (f" ({', '.join(sizes)})" if sizes else "")
-        + f", identical token ids, position {at(activations, 'position')}."
-    )
+    sizes = [f"{split} {size:,}" for split, size in rows.items()]
+    text += f", at {plural(len(at(activations or four_way, 'sites') or []), 'site')} on "
+    text += f"N = {plural(n, 'prompt')}"
+    text += f" ({', '.join(sizes)})" if sizes else ""
+    if activations is None:
+        return (
+            f"{text}, each read raw and through the chat template, at the token from which the "
+            "models answer."
+        )
+    return f"{text}, identical token ids, position {at(activations, 'position')}."
 
 
 def _training(dpo: Json) -> list[Point]:

@@ -14,10 +14,12 @@ from markupsafe import Markup
 
 from dsteer.errors import StoreError
 from dsteer.report.explorer import Explorer, embedded, explorer, policy
-from dsteer.report.headline import confidence, headline
+from dsteer.report.four_way_tables import four_way_tables
+from dsteer.report.headline import Point, confidence, headline
 from dsteer.report.sweep_tables import sweep_tables
 from dsteer.report.sweep_values import SWEEPS
 from dsteer.report.tables import STAGE_TABLES, Results, Table, paper_table, settings_tables
+from dsteer.report.transfer_tables import transfer_tables
 from dsteer.report.values import at, items, mapping
 from dsteer.store import Json, atomic_path, read_json
 
@@ -29,6 +31,10 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "vector": ("Steering vector", "v*, the mean displacement: its size, direction and reach."),
     "cosine": ("Cosines", "How well the displacement of each prompt agrees with v*."),
     "spectrum": ("Spectra", "How many dimensions the displacements take."),
+    "template": (
+        "Template and training",
+        "How much of the displacement is the chat template, and how much the training.",
+    ),
     "geometry": (
         "Geometry",
         "Preference vectors, gradients of the DPO loss, and clouds of states, on real pairs.",
@@ -37,6 +43,11 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "inversion": (
         "Inversion",
         "λv* taken from the tuned model: whether, and at which λ, the base comes back.",
+    ),
+    "transfer": (
+        "Transfer",
+        "The vector of another model, carried over by a map learned on neutral text: what it does "
+        "here, beside this pair's own v* and beside nulls.",
     ),
 }
 """Stage → title and first line of its section, in order."""
@@ -47,11 +58,21 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "vector": ("kl_recovery", "convergence"),
     "cosine": ("fig3_cosine",),
     "spectrum": ("fig4a_entropy", "fig4b_singular_values"),
+    "template": ("four_way",),
     "geometry": ("fig1a_preference_geometry", "fig1b_gradients", "fig1c_clouds"),
     "interpolation": ("fig2a_interpolation", "fig2a_all_metrics"),
     "inversion": ("fig2b_inversion", "fig2b_all_metrics"),
+    "transfer": ("share_of_native",),
 }
 """The figures of each section, in order."""
+
+_TABLES = {
+    **STAGE_TABLES,
+    **dict.fromkeys(SWEEPS, sweep_tables),
+    "template": four_way_tables,
+    "transfer": transfer_tables,
+}
+"""The tables of each section."""
 
 GLOSSARY: tuple[tuple[str, str], ...] = (
     (
@@ -62,7 +83,8 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
         "site",
         "where states are read. resid_post.k is the raw output of block k, counted from 0; "
         "final_norm is the state after the last norm, which the unembedding reads. They are "
-        "different quantities",
+        "different quantities. Of an encoder-decoder model both are the decoder's, and encoder is "
+        "the encoder's last state",
     ),
     ("displacement Δ", "h_tuned(x) − h_base(x) on identical token ids, at one site and position"),
     ("ΔH", "the matrix of displacements, one row a prompt (N × d)"),
@@ -75,8 +97,8 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
      "(N v* − Δ) / (N − 1)"),
     ("in-sample cosine", "each fit prompt against the mean that holds it; the paper's kind, biased "
      "upward, by about 1/√N on pure noise"),
-    ("null", "the same measurement on displacements with random signs, where no direction is "
-     "shared"),
+    ("null", "the same measurement on displacements with random signs, one a conversation, where "
+     "no direction is shared"),
     ("shared share m", "N‖v‖² / ‖ΔH‖_F²; debiased: mean of ⟨Δᵢ, Δⱼ⟩ over i ≠ j, over mean ‖Δ‖²"),
     ("uncentred, centred", "with and without the mean row; centring removes v* by construction"),
     ("spectral entropy", "H = −Σ q ln q, q = σ^p / Σσ^p over the singular values (nats)"),
@@ -85,6 +107,12 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("share of KL recovered", "1 − Σ KL(tuned‖steered) / Σ KL(tuned‖base), teacher-forced"),
     ("implicit reward r", "β [log π(y|x) − log π_ref(y|x)]; accuracy is the share of pairs with "
      "r(chosen) > r(rejected)"),
+    ("T_raw, T_templ", "training effects: h_tuned − h_base on raw text, and in the chat template"),
+    ("B, U", "template effects: h(template) − h(raw) in the base, and in the tuned model, at the "
+     "token from which the model answers"),
+    ("interaction I", "difference in differences, T_templ − T_raw = U − B"),
+    ("G(P, Q)", "product of two parts' mean vectors: average of ⟨Pᵢ, Qⱼ⟩ over pairs of prompts of "
+     "different conversations, which the prompts' scatter does not shift"),
     ("arm", "what a sweep adds: v* at its site, v* at final_norm, or another direction; λ counts "
      "the arm's own vector"),
     ("λ-equivalent", "the λ at which a metric of the steered model meets the target model's level"),
@@ -94,7 +122,9 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("noise floor", "what the same measurement gives for the base against itself at another batch "
      "size"),
     ("inert", "a shift along the state itself, which the norm takes away again"),
-    ("interval", "bootstrap over conversations; for spectra and shares, jackknife over them"),
+    ("sender A, receiver B", "the model whose vector is carried over, and the pair of this run"),
+    ("native vector", "the receiver's own v* at the same site: the ceiling of what is carried"),
+    ("interval", "bootstrap over conversations; for spectra, shares and G, jackknife over them"),
 )  # fmt: skip
 
 
@@ -114,7 +144,7 @@ class FigureView:
 
 @dataclass(frozen=True)
 class Section:
-    """One stage's section."""
+    """One stage's section; in a study's report, one variant's."""
 
     stage: str
     title: str
@@ -124,6 +154,8 @@ class Section:
     tables: Sequence[Table]
     remarks: Sequence[str]
     diagnoses: Sequence[str] | None
+    points: Sequence[Point] = ()
+    link: str | None = None
 
 
 def write_report(run: Path, title: str | None = None) -> Path:
@@ -141,28 +173,19 @@ def write_report(run: Path, title: str | None = None) -> Path:
     """
     manifest = _read(run / "manifest.json")
     summary = _read(run / "summary.json")
-    results, absent = _results(run, manifest)
+    results, absent = stage_results(run, manifest)
     if not results:
         raise StoreError(f"{run}: no stage of a run is complete here; run `dsteer run` first")
     name = str(manifest.get("name") or summary.get("run") or run.name)
     yaml = run / "pipeline.yaml"
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(_part("template.html.jinja"))
-    level = confidence(manifest, "cosine", "vector", "spectrum")
-    explorers = _explorers(run, results)
-    style, script = _part("report.css"), _part("explorer.js") if explorers else None
-    text = template.render(
+    level = confidence(manifest, "cosine", "vector", "spectrum", "template")
+    return render(
+        run / "report.html",
         title=title or name,
         name=name,
         description=manifest.get("description") or "",
         version=manifest.get("dsteer_version") or "",
-        policy=policy(style, script),
-        style=Markup(style),
-        script=Markup(script or ""),
-        explorers=explorers,
-        explorer_data=Markup(embedded(explorers)),
+        explorers=_explorers(run, results),
         headline=headline(manifest, results),
         interval_words=f"{level} intervals" if level else "intervals",
         notes=_notes(summary, results),
@@ -176,7 +199,23 @@ def write_report(run: Path, title: str | None = None) -> Path:
         yaml=yaml.read_text(encoding="utf-8") if yaml.is_file() else "",
         glossary=GLOSSARY,
     )
-    path = run / "report.html"
+
+
+def render(path: Path, *, explorers: Sequence[Explorer], **values: object) -> Path:
+    """Fill the report's template and write it as one file."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(_part("template.html.jinja"))
+    style, script = _part("report.css"), _part("explorer.js") if explorers else None
+    text = template.render(
+        policy=policy(style, script),
+        style=Markup(style),
+        script=Markup(script or ""),
+        explorers=explorers,
+        explorer_data=Markup(embedded(explorers)),
+        **values,
+    )
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
@@ -200,7 +239,7 @@ def _read(path: Path) -> dict[str, Json]:
     return mapping(read_json(path)) if path.is_file() else {}
 
 
-def _results(run: Path, manifest: dict[str, Json]) -> tuple[Results, list[tuple[str, str]]]:
+def stage_results(run: Path, manifest: dict[str, Json]) -> tuple[Results, list[tuple[str, str]]]:
     """The results of the stages that ran, and of each other stage why it is absent."""
     recorded = manifest.get("stages")
     results: Results = {}
@@ -233,7 +272,7 @@ def _notes(summary: dict[str, Json], results: Results) -> list[tuple[str, str]]:
 def _section(run: Path, stage: str, results: Results, manifest: dict[str, Json]) -> Section:
     title, lead = SECTIONS[stage]
     trouble = _draw_missing(run, stage, results[stage])
-    found = {name: _figure(run, stage, name) for name in FIGURES.get(stage, ())}
+    found = {name: figure_view(run, stage, name) for name in FIGURES.get(stage, ())}
     remarks = []
     if stage == "spectrum" and at(manifest, "config", "dpo", "lora"):
         rank = at(manifest, "config", "dpo", "lora", "rank")
@@ -247,7 +286,7 @@ def _section(run: Path, stage: str, results: Results, manifest: dict[str, Json])
         lead=lead,
         figures=[figure for figure in found.values() if figure is not None],
         missing_figures=trouble,
-        tables=(sweep_tables if stage in SWEEPS else STAGE_TABLES[stage])(results[stage]),
+        tables=_TABLES[stage](results[stage]),
         remarks=remarks,
         diagnoses=[str(words) for words in items(results[stage]["diagnoses"])]
         if "diagnoses" in results[stage]
@@ -270,7 +309,7 @@ def _draw_missing(run: Path, stage: str, result: Json) -> list[str]:
     return []
 
 
-def _figure(run: Path, stage: str, name: str) -> FigureView | None:
+def figure_view(run: Path, stage: str, name: str) -> FigureView | None:
     """A figure's PNG as a data URI, its caption and links to its files; None if not drawn."""
     folder = run / stage / "figures"
     png = folder / f"{name}.png"

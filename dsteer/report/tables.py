@@ -26,6 +26,7 @@ from dsteer.report.values import (
     ratio,
     short_hash,
     site_order,
+    split_rows,
 )
 from dsteer.store import Json
 
@@ -402,11 +403,13 @@ def _dpo(result: Json) -> list[Table]:
 
 
 def _activations(result: Json) -> list[Table]:
-    rows = mapping(at(result, "rows"))
-    sizes = ", ".join(f"{name} {count(span[1] - span[0])}" for name, span in rows.items())
+    sizes = ", ".join(f"{name} {count(rows)}" for name, rows in split_rows(result).items())
+    spans = mapping(at(result, "rows"))
+    kept = ", ".join(f"{name} {count(stop - start)}" for name, (start, stop) in spans.items())
     response = at(result, "response")
     facts = [
         ["prompts", f"{count(at(result, 'n'))}" + (f" ({sizes})" if sizes else "")],
+        *([["states kept", kept]] if at(result, "store") == "moments" else []),
         ["tokens", count(at(result, "tokens"))],
         ["prompts cut on the left", count(at(result, "truncated"))],
         ["position read", plain(at(result, "position"))],
@@ -486,7 +489,7 @@ def _vector(result: Json) -> list[Table]:
             Column(
                 "inert",
                 "yes: the shift is almost purely radial, so it changes next to nothing after the "
-                "next norm; no norm follows final_norm",
+                "next norm; no norm follows final_norm, an encoder or a post-norm block",
                 text=True,
             ),
             Column(

@@ -58,6 +58,13 @@ def site_order(sites: Iterable[str]) -> list[str]:
     return sorted(sites, key=key)
 
 
+def split_rows(activations: Json) -> dict[str, int]:
+    """Rows of each split that the stage ``activations`` read, whether it stored them or not."""
+    counts = mapping(at(activations, "counts"))
+    spans = mapping(at(activations, "rows"))
+    return counts or {split: stop - start for split, (start, stop) in spans.items()}
+
+
 def is_undefined(site: Json) -> bool:
     """Whether a result marks a site as undefined: its displacement is exactly zero."""
     return at(site, "undefined") is True

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dsteer.config import PipelineConfig
 from dsteer.errors import StoreError
+from dsteer.parallel import ALONE, Ranks
 from dsteer.progress import Reporter
 from dsteer.store import Json, read_json
 
@@ -29,6 +30,7 @@ class Stage:
         reads: the config keys that its result depends on.
         version: raised when the same inputs would give another result.
         does: one line for people.
+        distributed: whether all processes of a run take part; else the first one works alone.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Stage:
     reads: tuple[str, ...]
     version: int
     does: str
+    distributed: bool = False
 
 
 STAGES: tuple[Stage, ...] = (
@@ -45,18 +48,21 @@ STAGES: tuple[Stage, ...] = (
     Stage("base", "dsteer.stages.base:run", ("data",), ("base", "seed", "models.device"), 1,
           "train a tiny base model and its tokenizer"),
     Stage("dpo", "dsteer.stages.dpo:run", ("data", "base"), ("dpo", "models", "seed"), 1,
-          "train the tuned model with DPO"),
+          "train the tuned model with DPO", distributed=True),
     Stage("activations", "dsteer.stages.activations:run", ("data", "base", "dpo"),
-          ("activations", "models"), 1, "read paired hidden states"),
+          ("activations", "models"), 2, "read paired hidden states", distributed=True),
     Stage("vector", "dsteer.stages.vector:run", ("base", "dpo", "activations"),
           ("vector", "models", "seed"), 1, "average v* and test its size, direction and reach"),
-    Stage("cosine", "dsteer.stages.cosine:run", ("activations", "vector"), ("cosine", "seed"), 1,
+    Stage("cosine", "dsteer.stages.cosine:run", ("activations", "vector"), ("cosine", "seed"), 2,
           "measure cosines with v*"),
     Stage("spectrum", "dsteer.stages.spectrum:run", ("activations", "vector"),
           ("spectrum",), 1, "measure singular spectra, entropies and ranks"),
+    Stage("template", "dsteer.stages.template:run", ("data", "base", "dpo"),
+          ("template", "models", "seed"), 2,
+          "divide the displacement into chat template and training", distributed=True),
     Stage("geometry", "dsteer.stages.geometry:run",
           ("data", "base", "dpo", "activations", "vector"),
-          ("geometry", "dpo.beta", "models", "seed"), 1,
+          ("geometry", "dpo.beta", "behaviour.beta", "models", "seed"), 2,
           "measure preference vectors and gradients of the DPO loss"),
     Stage("interpolation", "dsteer.stages.interpolation:run",
           ("data", "base", "dpo", "activations", "vector", "geometry"),
@@ -66,9 +72,13 @@ STAGES: tuple[Stage, ...] = (
           ("data", "base", "dpo", "activations", "vector"),
           ("inversion", "behaviour", "dpo.beta", "models", "seed"), 1,
           "take λv* from the tuned model and measure what it does"),
+    Stage("transfer", "dsteer.stages.transfer:run",
+          ("data", "base", "dpo", "activations", "vector"),
+          ("transfer", "dpo.beta", "models", "seed"), 2,
+          "carry another model's vector over and measure what it does here"),
     Stage("report", "dsteer.stages.report:run",
-          ("data", "base", "dpo", "activations", "vector", "cosine", "spectrum", "geometry",
-           "interpolation", "inversion"),
+          ("data", "base", "dpo", "activations", "vector", "cosine", "spectrum", "template",
+           "geometry", "interpolation", "inversion", "transfer"),
           ("report", "name", "description"), 1, "draw the figures and write the report"),
 )  # fmt: skip
 
@@ -95,12 +105,15 @@ class StageContext:
         config: the whole pipeline.
         run: the run folder. A stage writes only below ``folder``.
         reporter: shows progress.
+        ranks: the processes that do this stage together. All but the first one read and write only
+            what it shares with them, and their results count for nothing.
     """
 
     name: str
     config: PipelineConfig
     run: Path
     reporter: Reporter
+    ranks: Ranks = ALONE
 
     @property
     def folder(self) -> Path:

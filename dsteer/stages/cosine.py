@@ -14,11 +14,27 @@ import torch
 from torch import Tensor
 
 from dsteer.activations.extract import PairedActivations
+from dsteer.activations.moments import open_streamed
 from dsteer.activations.sites import FINAL_NORM
 from dsteer.config import CosineConfig
 from dsteer.geometry.alignment import cosine_to, cosine_to_mean, histogram_mode
 from dsteer.geometry.displacement import shared_share
-from dsteer.geometry.intervals import Interval, held_out_cosine, mean_cosine, sign_flip_null
+from dsteer.geometry.intervals import (
+    Interval,
+    bootstrap_mean,
+    held_out_cosine,
+    mean_cosine,
+    sign_flip_null,
+)
+from dsteer.geometry.preference import paired_cosines
+from dsteer.geometry.sums import (
+    BUCKETS,
+    NULL_DRAWS,
+    ClusterSums,
+    held_out_from_sums,
+    in_sample_from_sums,
+    null_from_sums,
+)
 from dsteer.report.figures import draw_result
 from dsteer.stages import StageContext
 from dsteer.steering.vector import SteeringVectorSet
@@ -38,7 +54,9 @@ def run(context: StageContext) -> Json:
     config = context.config.cosine or CosineConfig()
     measured = context.result("activations")
     rows = {split: slice(*measured["rows"][split]) for split in ("fit", "tune", "test")}
-    activations = PairedActivations.open(context.input("activations"))
+    folder = context.input("activations")
+    activations = PairedActivations.open(folder)
+    streamed = open_streamed(folder)
     vectors = SteeringVectorSet.load(context.input("vector") / "vectors.safetensors")
 
     sites: dict[str, Json] = {}
@@ -50,22 +68,25 @@ def run(context: StageContext) -> Json:
             else:
                 delta = activations.displacement(site)
                 split = {name: delta[where] for name, where in rows.items()}
-                sites[site], cosines = _measure(
-                    split,
-                    vectors[site].tensor,
-                    measured["conversations"],
-                    config,
-                    context.seed(site),
-                )
+                keys, seed = measured["conversations"], context.seed(site)
+                if streamed is None:
+                    sites[site], cosines = _measure(split, vectors[site].tensor, keys, config, seed)
+                else:
+                    sums = {name: moments[site].sums for name, moments in streamed.items()}
+                    sites[site], cosines = _measure_sums(
+                        sums, split, vectors[site].tensor, keys, config, seed
+                    )
                 tensors |= {f"{site}/{kind}": values.numpy() for kind, values in cosines.items()}
             advance(1)
     write_tensors(context.folder / "cosines.safetensors", tensors)
 
     chosen = _choose(sites)
     paper = FINAL_NORM if FINAL_NORM in sites else None
+    kept = {name: where.stop - where.start for name, where in rows.items()}
+    counts = kept if streamed is None else measured["counts"]
     result = {
-        "n_fit": rows["fit"].stop - rows["fit"].start,
-        "n_test": rows["test"].stop - rows["test"].start,
+        "n_fit": counts["fit"],
+        "n_test": counts["test"],
         "sites": sites,
         "chosen_site": chosen,
         "paper_site": paper,
@@ -76,8 +97,13 @@ def run(context: StageContext) -> Json:
             "null_q95": sites[chosen]["null"]["q95"] if chosen else None,
             "shared_share": sites[chosen]["shared_share_test"] if chosen else None,
         },
-        "notes": _notes(sites, chosen),
+        "notes": [
+            *_notes(sites, chosen),
+            *([] if streamed is None else _sums_notes(kept, counts, config)),
+        ],
     }
+    if streamed is not None:
+        result["rows_kept"] = {name: kept[name] for name in ("fit", "test")}
     draw_result("cosine", result, context.folder)
     return result
 
@@ -110,16 +136,64 @@ def _measure(
         fit, test, "held_out", keys["fit"], keys["test"], draws=config.null_draws, seed=seed
     )
     cosines["null"] = flipped.nanmean(dim=1)
+    tune = _number(cosine_to(split["tune"], v).nanmean())
+    return _result(cosines, intervals, tune, shared_share(test).plain), cosines
+
+
+def _measure_sums(
+    sums: Mapping[str, ClusterSums],
+    kept: Mapping[str, Tensor],
+    v: Tensor,
+    keys: Mapping[str, Sequence[str]],
+    config: CosineConfig,
+    seed: int,
+) -> tuple[Json, dict[str, Tensor]]:
+    """As :func:`_measure`, of sums over all rows, and of the displacements of the kept rows.
+
+    Means come from the sums, but for the leave-one-out cosine, which is no sum over rows: its mean
+    is that of the kept rows. Single cosines are those of the kept rows, with v of all.
+    """
+    fit, test = sums["fit"], sums["test"]
+    draws: dict[str, Any] = {
+        "draws": config.bootstrap,
+        "confidence": config.confidence,
+        "seed": seed,
+    }
+    whole = torch.from_numpy(fit.total.sum(axis=0))
+    cosines = {
+        "in_sample": cosine_to(kept["fit"], fit.mean),
+        "leave_one_out": paired_cosines(kept["fit"], whole - kept["fit"]),
+        "held_out": cosine_to(kept["test"], v),
+        "null": null_from_sums(fit, test, draws=config.null_draws),
+    }
+    left_out = (
+        mean_cosine(kept["fit"], "leave_one_out", keys["fit"], **draws)
+        if len(kept["fit"]) == fit.n
+        else bootstrap_mean(cosines["leave_one_out"], keys["fit"], **draws)
+    )
+    intervals = {
+        "in_sample": in_sample_from_sums(fit, **draws),
+        "leave_one_out": left_out,
+        "held_out": held_out_from_sums(fit, test, **draws),
+    }
+    return _result(cosines, intervals, sums["tune"].mean_cosine(v), test.share.plain), cosines
+
+
+def _result(
+    cosines: Mapping[str, Tensor],
+    intervals: Mapping[str, Interval | None],
+    tune_mean: float | None,
+    share: float | None,
+) -> Json:
     null = cosines["null"][cosines["null"].isfinite()]
-    result = {kind: _describe(cosines[kind], intervals[kind]) for kind in KINDS} | {
+    return {kind: _describe(cosines[kind], intervals[kind]) for kind in KINDS} | {
         "null": {"mean": _number(null.mean()), "q95": _number(null.quantile(0.95))}
         if len(null)
         else {"mean": None, "q95": None},
-        "tune_mean": _number(cosine_to(split["tune"], v).nanmean()),
-        "shared_share_test": shared_share(test).plain,
+        "tune_mean": tune_mean,
+        "shared_share_test": share,
         "undefined": False,
     }
-    return result, cosines
 
 
 def _describe(cosines: Tensor, mean: Interval | None) -> Json:
@@ -199,6 +273,34 @@ def _notes(sites: Mapping[str, Json], chosen: str | None) -> list[str]:
             "No shared direction can be told from chance at "
             f"{', '.join(lost)}: the interval of the mean held-out cosine reaches down to the "
             "null's 95 % quantile."
+        )
+    return notes
+
+
+def _sums_notes(
+    kept: Mapping[str, int], counts: Mapping[str, int], config: CosineConfig
+) -> list[str]:
+    draws = min(config.null_draws, NULL_DRAWS)
+    notes = [
+        "store: moments: mean in-sample and held-out cosines and the null are of all prompts. "
+        f"Intervals resample {BUCKETS} buckets of conversations; the null flips each conversation "
+        f"by itself, in {draws} draws whose signs are bits of the hash of its key."
+    ]
+    if config.null_draws > draws:
+        notes.append(
+            f"cosine.null_draws {config.null_draws} was not met: with store: moments the null has "
+            f"{draws} draws, which are summed while the states are read."
+        )
+    if (kept["fit"], kept["test"]) != (counts["fit"], counts["test"]):
+        notes.append(
+            f"Medians, peaks, shares above 0.9 and histograms are of the prompts whose states were "
+            f"kept: {kept['fit']} of {counts['fit']} fit and {kept['test']} of {counts['test']} "
+            "test rows, against v* of all fit prompts."
+        )
+    if kept["fit"] != counts["fit"]:
+        notes.append(
+            "The mean leave-one-out cosine is of the kept fit prompts, each against v* of all "
+            "others; its interval holds v* fixed."
         )
     return notes
 

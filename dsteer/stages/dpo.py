@@ -5,8 +5,9 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from dsteer.data.jsonl import read_pairs
-from dsteer.models.load import load_model, load_tokenizer
+from dsteer.models.load import load_config, load_model, load_tokenizer
 from dsteer.models.pair import ModelPair
+from dsteer.models.seq2seq import is_encoder_decoder
 from dsteer.report.figures import draw_result
 from dsteer.stages import StageContext
 from dsteer.store import Json
@@ -16,7 +17,10 @@ from dsteer.training.examples import Example, answered, encode_pairs, fitting
 
 
 def run(context: StageContext) -> Json:
-    """Train, save ``model/`` (a whole model, or an adapter), and evaluate what was saved."""
+    """Train, save ``model/`` (a whole model, or an adapter), and evaluate what was saved.
+
+    The processes of a run train together; the first one does the rest.
+    """
     config, models = context.config.dpo, context.config.models
     assert config is not None
     data = context.input("data")
@@ -30,6 +34,7 @@ def run(context: StageContext) -> Json:
         models.tokenizer or base_path,
         revision=None if models.tokenizer else revision,
         trust_remote_code=models.trust_remote_code,
+        chat_template=models.chat_template,
     )
 
     def load_base() -> PreTrainedModel:
@@ -53,8 +58,13 @@ def run(context: StageContext) -> Json:
         dtype=models.dtype,
         seed=context.seed("train"),
         reporter=context.reporter,
+        ranks=context.ranks,
     )
-    examples = fitting(encode_pairs(test, tokenizer), config.max_length)
+    if not context.ranks.main:
+        return None
+    shape = load_config(base_path, revision=revision, trust_remote_code=models.trust_remote_code)
+    encoded = encode_pairs(test, tokenizer, encoder_decoder=is_encoder_decoder(shape))
+    examples = fitting(encoded, config.max_length)
     evaluation = _evaluate(context, examples) if examples else None
     result = {
         "curve": {"train": trained.train_curve, "heldout": trained.heldout_curve},

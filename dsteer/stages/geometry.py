@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -71,6 +72,11 @@ _TRANSLATED = (
     "and h_base + v* is as far from h_tuned as h_tuned − v* is from h_base, prompt by prompt."
 )
 
+_AS_THEY_STAND = (
+    "Prompts that are texts are read here as they stand, as DPO trains on them; the states that v* "
+    "is the mean of were read through the chat template, so n is a state of another form."
+)
+
 
 def run(context: StageContext) -> Json:
     """Measure; write ``preference.safetensors`` (fit pairs) and ``geometry.safetensors``."""
@@ -88,16 +94,22 @@ def run(context: StageContext) -> Json:
     measure = _Measure(context, config, vectors, pair.width)
 
     limit = min(n for n in (config.max_tokens, pair.max_positions) if n is not None)
+    template = context.result("activations")["template"]
+    given = {
+        split: read_pairs(context.input("data") / f"{split}.jsonl") for split in ("fit", "test")
+    }
     fit, test = (
         DivergentPairs.of(
-            read_pairs(context.input("data") / f"{split}.jsonl"), pair.tokenizer, limit
+            pairs, pair.tokenizer_for(template), limit, encoder_decoder=pair.encoder_decoder
         )
-        for split in ("fit", "test")
+        for pairs in given.values()
     )
     test = test.first(config.pairs)
     reading = _read(context, pair, test, sites, config) if test.examples or fit.examples else None
     tensors: dict[str, np.ndarray] = {}
     preference, gradients, notes = None, None, [*pair.notes]
+    if template == "chat" and any(isinstance(item.prompt, str) for item in chain(*given.values())):
+        notes.append(_AS_THEY_STAND)
     mean = None
     if reading is not None:
         mean = _mean_preference(context, fit, reading)
@@ -159,11 +171,11 @@ def _read(
         with pair.using(which) as model:
             heads[which] = Readout.of(model, vocabulary=pair.vocabulary)
             if test.examples:
-                reading = Reading.of(pair, test.contexts, sites=FINAL_NORM)
+                reading = Reading.of(pair, test.contexts, sites=FINAL_NORM, position="context_last")
                 read = reading.run(model, which, reporter=context.reporter)
                 states[which] = read[FINAL_NORM].double()
                 gradients[which] = margin_gradients(
-                    model,  # type: ignore[arg-type]  # a causal language model
+                    model,  # type: ignore[arg-type]  # a language model
                     test.examples[: config.gradient_pairs],
                     sites,
                     context.reporter,

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dsteer.activations.extract import PairedActivations
+from dsteer.activations.moments import SiteMoments, open_streamed
 from dsteer.activations.sites import FINAL_NORM
 from dsteer.config import PipelineConfig, SpectrumConfig
 from dsteer.geometry.alignment import cosine_to
 from dsteer.geometry.intervals import (
     Interval,
-    SpectralIntervals,
+    ShareIntervals,
     share_intervals,
     spectral_intervals,
 )
-from dsteer.geometry.spectrum import Spectrum, spectra
+from dsteer.geometry.spectrum import Spectrum, spectra, spectra_from_moments
+from dsteer.geometry.sums import BUCKETS, shares_from_sums
 from dsteer.models.load import is_adapter
 from dsteer.report.figures import draw_result
 from dsteer.stages import StageContext
@@ -35,40 +38,55 @@ ABOVE_NOISE = 5.0
 ROUNDING = 2.0**-23
 """Relative rounding of the float32 states."""
 
+WITHOUT_INTERVALS = (
+    "store: moments: spectra and entropies have no intervals, which need the states of each "
+    f"conversation; intervals of shared shares leave out one of {BUCKETS} buckets of conversations "
+    "at a time."
+)
+
 
 def run(context: StageContext) -> Json:
     """Measure every site; write ``spectra.safetensors``: ``{site}/{matrix}/{centring}``."""
     config = context.config.spectrum or SpectrumConfig()
     measured = context.result("activations")
     rows = {split: slice(*measured["rows"][split]) for split in ("fit", "test")}
-    activations = PairedActivations.open(context.input("activations"))
+    folder = context.input("activations")
+    activations = PairedActivations.open(folder)
+    streamed = open_streamed(folder)
     vectors = SteeringVectorSet.load(context.input("vector") / "vectors.safetensors")
 
     sites: dict[str, Json] = {}
     tensors: dict[str, np.ndarray] = {}
     with context.reporter.bar("spectra", len(activations.sites), unit="site") as advance:
         for site in activations.sites:
-            base, tuned = activations.base[site].double(), activations.tuned[site].double()
-            matrices = {"delta": tuned - base, "base": base, "tuned": tuned}
-            measures = {name: spectra(matrix[rows["fit"]]) for name, matrix in matrices.items()}
-            sites[site] = _site(
-                {name: matrix[rows["fit"]] for name, matrix in matrices.items()},
-                measures,
-                matrices["delta"][rows["test"]],
-                vectors[site].tensor,
-                measured["conversations"]["fit"],
-                measured["noise_floor"][site]["rms"],
-                config,
-            )
+            v = vectors[site].tensor
+            if streamed is None:
+                base, tuned = activations.base[site].double(), activations.tuned[site].double()
+                delta = tuned - base
+                found = _from_states(
+                    {
+                        "delta": delta[rows["fit"]],
+                        "base": base[rows["fit"]],
+                        "tuned": tuned[rows["fit"]],
+                    },
+                    _number(cosine_to(delta[rows["test"]], v).nanmean()),
+                    measured["conversations"]["fit"],
+                    config,
+                )
+            else:
+                held_out = streamed["test"][site].sums.mean_cosine(v)
+                found = _from_moments(streamed["fit"][site], held_out, config)
+            sites[site] = _site(found, v, measured["noise_floor"][site]["rms"], config)
+            n = found.spectra["delta"][0].n
             tensors |= {
                 f"{site}/{name}/{_centring(spectrum)}": spectrum.singular_values.numpy()
-                for name, pair in measures.items()
+                for name, pair in found.spectra.items()
                 for spectrum in pair
             }
             advance(1)
     write_tensors(context.folder / "spectra.safetensors", tensors)
 
-    n, d = rows["fit"].stop - rows["fit"].start, int(measured["width"])
+    d = int(measured["width"])
     shown = FINAL_NORM if FINAL_NORM in sites else activations.sites[-1]
     at_site = sites[shown]
     result = {
@@ -86,53 +104,90 @@ def run(context: StageContext) -> Json:
             "shared_share_debiased": _value(at_site["shared_share_debiased"]),
             "u1_cosine": at_site["u1_cosine"],
         },
-        "notes": _notes(sites, n, d, _lora_rank(context.config)),
+        "notes": [
+            *_notes(sites, n, d, _lora_rank(context.config)),
+            *([] if streamed is None else [WITHOUT_INTERVALS]),
+        ],
     }
     draw_result("spectrum", result, context.folder)
     return result
 
 
-def _site(
+@dataclass(frozen=True)
+class _Found:
+    """What the fit rows of a site say.
+
+    Attributes:
+        spectra: uncentred and centred, of each matrix.
+        entropies: theirs, with intervals where there are any.
+        shares: the shared share of ΔH.
+        held_out: mean cosine of the test rows with v*.
+    """
+
+    spectra: Mapping[str, tuple[Spectrum, Spectrum]]
+    entropies: Mapping[str, tuple[Interval | None, Interval | None]]
+    shares: ShareIntervals
+    held_out: float | None
+
+
+def _from_states(
     matrices: Mapping[str, Tensor],
-    measures: Mapping[str, tuple[Spectrum, Spectrum]],
-    test: Tensor,
-    v: Tensor,
+    held_out: float | None,
     keys: Sequence[str],
-    noise: float,
     config: SpectrumConfig,
-) -> dict[str, Json]:
-    """One site: three matrices' spectra, and what must be read beside σ₂/σ₁ of ΔH."""
-    result: dict[str, Json] = {}
+) -> _Found:
+    measures = {name: spectra(matrix) for name, matrix in matrices.items()}
+    entropies = {}
     for name, matrix in matrices.items():
-        intervals = spectral_intervals(
+        uncentred, centred = spectral_intervals(
             matrix,
             keys,
             power=config.power,
             confidence=config.confidence,
             measured=measures[name],
         )
-        result[name] = {
-            _centring(spectrum): _spectrum(spectrum, interval, config)
-            for spectrum, interval in zip(measures[name], intervals, strict=True)
-        }
-    uncentred, centred = measures["delta"]
-    u1 = uncentred.first_right
+        entropies[name] = (uncentred.entropy, centred.entropy)
     shares = share_intervals(matrices["delta"], keys, confidence=config.confidence)
-    floor = max(noise, ROUNDING * _row_norm(measures["base"][0]))
+    return _Found(measures, entropies, shares, held_out)
+
+
+def _from_moments(fit: SiteMoments, held_out: float | None, config: SpectrumConfig) -> _Found:
+    def entropy(spectrum: Spectrum) -> Interval | None:
+        value = spectrum.entropy(config.power)
+        return None if value is None else Interval(value, None, None, spectrum.n)
+
+    measures = {name: spectra_from_moments(matrix) for name, matrix in fit.matrices.items()}
+    entropies = {name: (entropy(pair[0]), entropy(pair[1])) for name, pair in measures.items()}
+    shares = shares_from_sums(fit.sums, confidence=config.confidence)
+    return _Found(measures, entropies, shares, held_out)
+
+
+def _site(found: _Found, v: Tensor, noise: float, config: SpectrumConfig) -> dict[str, Json]:
+    """One site: three matrices' spectra, and what must be read beside σ₂/σ₁ of ΔH."""
+    result: dict[str, Json] = {
+        name: {
+            _centring(spectrum): _spectrum(spectrum, entropy, config)
+            for spectrum, entropy in zip(pair, found.entropies[name], strict=True)
+        }
+        for name, pair in found.spectra.items()
+    }
+    uncentred, centred = found.spectra["delta"]
+    u1 = uncentred.first_right
+    floor = max(noise, ROUNDING * _row_norm(found.spectra["base"][0]))
     return result | {
-        "shared_share": _json(shares.plain),
-        "shared_share_debiased": _json(shares.debiased),
+        "shared_share": _json(found.shares.plain),
+        "shared_share_debiased": _json(found.shares.debiased),
         "u1_cosine": None if u1 is None else _number(cosine_to(u1[None], v)[0].abs()),
-        "held_out_cosine": _number(cosine_to(test, v).nanmean()),
+        "held_out_cosine": found.held_out,
         "undefined": u1 is None,
         "rest_within_rounding": None if u1 is None else _row_norm(centred) <= ABOVE_NOISE * floor,
     }
 
 
-def _spectrum(spectrum: Spectrum, intervals: SpectralIntervals, config: SpectrumConfig) -> Json:
+def _spectrum(spectrum: Spectrum, entropy: Interval | None, config: SpectrumConfig) -> Json:
     return {
         "sigma_ratio": spectrum.sigma_ratio,
-        "entropy": _json(intervals.entropy),
+        "entropy": _json(entropy),
         "entropy_p1": spectrum.entropy(power=1),
         "entropy_normalised": spectrum.entropy(power=config.power, normalised=True),
         "effective_rank": spectrum.effective_rank,

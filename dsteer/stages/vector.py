@@ -9,19 +9,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dsteer.activations.extract import PairedActivations
-from dsteer.activations.sites import FINAL_NORM
+from dsteer.activations.moments import SiteMoments, open_streamed
+from dsteer.activations.sites import ENCODER, FINAL_NORM
 from dsteer.config import VectorConfig
 from dsteer.geometry.displacement import radial, strengths_along
-from dsteer.geometry.intervals import Interval, bootstrap_mean, convergence
-from dsteer.geometry.logits import KLRecovery, kl_divergence, kl_recovery
+from dsteer.geometry.intervals import Interval, SplitHalf, bootstrap_mean, convergence
+from dsteer.geometry.logits import KLRecovery, kl_recovery, noise_kl
+from dsteer.geometry.sums import (
+    BUCKETS,
+    ClusterSums,
+    convergence_from_sums,
+    strength_from_sums,
+)
 from dsteer.models.pair import ModelPair
 from dsteer.models.readout import Readout
+from dsteer.names import telling_parts
 from dsteer.report.figures import draw_result
 from dsteer.stages import StageContext
 from dsteer.steering.build import mean_difference
@@ -37,6 +44,12 @@ CONSTANT_BIAS = (
     "depends on the prompt."
 )
 
+BUCKETED = (
+    f"store: moments: conversations were summed in {BUCKETS} buckets by the hash of their key. "
+    "Intervals of strengths resample buckets, and samples of the convergence curve are whole "
+    "buckets."
+)
+
 
 def run(context: StageContext) -> Json:
     """Fit and measure v* at every site; write ``vectors.safetensors``."""
@@ -44,8 +57,14 @@ def run(context: StageContext) -> Json:
     measured = context.result("activations")
     rows = {split: slice(*measured["rows"][split]) for split in ("fit", "tune", "test")}
     keys = measured["conversations"]
-    activations = PairedActivations.open(context.input("activations"))
-    fitted = mean_difference(activations, rows=rows["fit"])
+    folder = context.input("activations")
+    activations = PairedActivations.open(folder)
+    streamed = open_streamed(folder)
+    if streamed is None:
+        ends = (activations.offsets.index(row) for row in measured["rows"]["fit"])
+        fitted = mean_difference(activations, rows=slice(*ends))  # of prompts, not of rows
+    else:
+        fitted = mean_difference(streamed["fit"])
     vectors = SteeringVectorSet(fitted.values(), _metadata(context, measured))
     vectors.save(context.folder / "vectors.safetensors")
 
@@ -53,24 +72,39 @@ def run(context: StageContext) -> Json:
     curves: dict[str, Json] = {}
     with context.reporter.bar("vectors", len(activations.sites), unit="site") as advance:
         for site in activations.sites:
-            base = activations.base[site].double()
-            delta = activations.tuned[site].double() - base
-            strength = _strength(
-                delta[rows["test"]], vectors[site].tensor, keys["test"], config, context.seed(site)
+            seeds = context.seed(site), context.seed(site, "halves")
+            if streamed is None:
+                base = activations.base[site].double()
+                found = _from_states(
+                    base[rows["fit"]],
+                    activations.tuned[site].double() - base,
+                    rows,
+                    vectors[site].tensor,
+                    keys,
+                    config,
+                    seeds,
+                )
+            else:
+                found = _from_moments(
+                    streamed["fit"][site],
+                    streamed["test"][site].sums,
+                    vectors[site].tensor,
+                    config,
+                    seeds,
+                )
+            sites[site] = _size(
+                vectors[site],
+                found,
+                measured["noise_floor"][site],
+                bool(measured.get("post_norm")),
             )
-            sites[site] = _size(vectors[site], base[rows["fit"]], measured["noise_floor"][site])
-            sites[site]["strength_least_squares"] = strength
-            halves = convergence(
-                delta[rows["fit"]],
-                clusters=keys["fit"],
-                draws=config.convergence_draws,
-                confidence=config.confidence,
-                seed=context.seed(site, "halves"),
-            )
-            curves[site] = [half.json() for half in halves]
+            sites[site]["strength_least_squares"] = found.strength
+            curves[site] = [half.json() for half in found.halves]
             advance(1)
 
     notes = _notes(sites)
+    if streamed is not None:
+        notes.append(BUCKETED)
     recovery: dict[str, Json] = {"first_token": None, "response": None}
     if FINAL_NORM in vectors:
         recovery = _recovery(context, config, measured, activations, vectors[FINAL_NORM].tensor)
@@ -78,7 +112,7 @@ def run(context: StageContext) -> Json:
     else:
         notes.append("KL recovered was not measured: final_norm is not among the sites read.")
     result = {
-        "n": rows["fit"].stop - rows["fit"].start,
+        "n": fitted[activations.sites[0]].metadata["n"],
         "sites": sites,
         "convergence": curves,
         "kl_recovery": recovery,
@@ -107,13 +141,74 @@ def _metadata(context: StageContext, measured: Json) -> dict[str, Json]:
 def _name(model: str | None) -> str:
     if model is None:
         return "trained by this run"
-    return model if looks_like_hub_id(model) else Path(model).name
+    return model if looks_like_hub_id(model) else "/".join(telling_parts(model)[-2:])
 
 
 # ---------------------------------------------------------------------------------- a site
 
 
-def _size(vector: SteeringVector, base: Tensor, noise: Mapping[str, float]) -> dict[str, Json]:
+@dataclass(frozen=True)
+class _Found:
+    """What a site's displacements and base states say.
+
+    Attributes:
+        mean_base: the mean base state of the fit rows.
+        mean_norm: the mean of ‖h_base‖ over them.
+        strength: the least-squares strength of v* on the test rows.
+        halves: convergence of v* on the fit rows.
+    """
+
+    mean_base: Tensor
+    mean_norm: float
+    strength: Json
+    halves: list[SplitHalf]
+
+
+def _from_states(
+    base: Tensor,
+    delta: Tensor,
+    rows: Mapping[str, slice],
+    v: Tensor,
+    keys: Mapping[str, Sequence[str]],
+    config: VectorConfig,
+    seeds: tuple[int, int],
+) -> _Found:
+    return _Found(
+        base.mean(dim=0),
+        float(base.norm(dim=1).mean()),
+        _strength(delta[rows["test"]], v, keys["test"], config, seeds[0]),
+        convergence(
+            delta[rows["fit"]],
+            clusters=keys["fit"],
+            draws=config.convergence_draws,
+            confidence=config.confidence,
+            seed=seeds[1],
+        ),
+    )
+
+
+def _from_moments(
+    fit: SiteMoments, test: ClusterSums, v: Tensor, config: VectorConfig, seeds: tuple[int, int]
+) -> _Found:
+    strength = strength_from_sums(
+        test, v, draws=config.bootstrap, confidence=config.confidence, seed=seeds[0]
+    )
+    return _Found(
+        torch.from_numpy(fit.matrices["base"].mean),
+        fit.base_norms / fit.n,
+        _json(strength),
+        convergence_from_sums(
+            fit.sums,
+            draws=config.convergence_draws,
+            confidence=config.confidence,
+            seed=seeds[1],
+        ),
+    )
+
+
+def _size(
+    vector: SteeringVector, found: _Found, noise: Mapping[str, float], post_norm: bool
+) -> dict[str, Json]:
     """Norm and direction of v*, beside the noise floor and the base's states."""
     result: dict[str, Json] = {
         "norm": vector.norm,
@@ -124,14 +219,15 @@ def _size(vector: SteeringVector, base: Tensor, noise: Mapping[str, float]) -> d
     if vector.undefined:
         ratios = ("relative_norm", "radial_cosine", "radial_norm", "tangential_norm", "inert")
         return result | dict.fromkeys(ratios) | {"within_rounding": None}
-    parts = radial(vector.tensor, base.mean(dim=0))
+    parts = radial(vector.tensor, found.mean_base)
     return result | {
-        "relative_norm": vector.norm / float(base.norm(dim=1).mean()),
+        "relative_norm": vector.norm / found.mean_norm,
         "within_rounding": vector.norm <= ABOVE_NOISE * noise["mean_norm"],
         "radial_cosine": parts.cosine,
         "radial_norm": parts.radial_norm,
         "tangential_norm": parts.tangential_norm,
-        "inert": None if vector.site == FINAL_NORM else parts.inert,  # no norm follows there
+        # no norm follows there
+        "inert": None if post_norm or vector.site in {FINAL_NORM, ENCODER} else parts.inert,
     }
 
 
@@ -205,15 +301,7 @@ class _Reach:
 
     def floor(self, base: Tensor) -> float:
         """Mean KL, in nats, that random shifts as long as the noise make in (256 of) the rows."""
-        random = torch.Generator().manual_seed(self.seed)
-        states = base[:: max(1, len(base) // 256)].double()
-        noise = torch.randn(states.shape, generator=random, dtype=torch.float64)
-        noisy = states + noise * (self.noise_rms / noise.norm(dim=1, keepdim=True))
-        kl = [
-            kl_divergence(self.base_head(quiet.float()).cpu(), self.base_head(loud.float()).cpu())
-            for quiet, loud in zip(torch.split(states, 32), torch.split(noisy, 32), strict=True)
-        ]
-        return float(torch.cat(kl).mean())
+        return noise_kl(base, self.base_head, self.noise_rms, self.seed)
 
     def panel(
         self,

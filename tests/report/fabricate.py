@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from fabricate_geometry import write_geometry
 from fabricate_sweep import write_sweep
+from fabricate_template import write_template
 
 from dsteer.store import write_json, write_tensors
 
@@ -28,6 +29,7 @@ STAGES = (
     "vector",
     "cosine",
     "spectrum",
+    "template",
     "geometry",
     "interpolation",
     "inversion",
@@ -475,6 +477,7 @@ _WRITERS = {
     "vector": _vector,
     "cosine": _cosine,
     "spectrum": _spectrum,
+    "template": lambda states, folder, **__: write_template(folder, states.base, states.delta),
     "geometry": lambda states, folder, **__: write_geometry(
         folder, states.base, states.delta, states.n_fit
     ),

@@ -186,6 +186,19 @@ def test_final_norm_is_never_joined_to_the_blocks(drawn_run: Path) -> None:
     assert all(len(line.get_xdata()) <= 2 for line in apart.lines)
 
 
+def test_an_encoder_is_joined_to_nothing(drawn_run: Path) -> None:
+    folder = drawn_run / "spectrum"
+    result = read_json(folder / "result.json")
+    result["sites"]["encoder"] = result["sites"]["final_norm"]
+    with styled():
+        drawing = fig4a_entropy(result, folder)
+    assert drawing is not None
+    for axes, name in zip(drawing.figure.axes[1:3], ("encoder", "final_norm"), strict=True):
+        assert [label.get_text() for label in axes.get_xticklabels()] == [name]
+        assert all(len(line.get_xdata()) <= 2 for line in axes.lines)
+    assert "encoder and final_norm stand apart." in drawing.data["caption"]
+
+
 def test_fig4_numbers_are_those_of_the_result(drawn_run: Path) -> None:
     result = read_json(drawn_run / "spectrum" / "result.json")["sites"]
     entropy = figure_json(drawn_run, "spectrum", "fig4a_entropy")["entropy"]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from measured import measure
-from planted import BOS, Planted, planted_pair
+from planted import BOS, Planted, byte_tokenizer, planted_pair
 
 from dsteer.data.jsonl import write_pairs
+from dsteer.data.tokens import encode
 from dsteer.data.types import PreferencePair
 from dsteer.steering.vector import SteeringVectorSet
 from dsteer.store import Json, hash_file, read_json, read_tensors, to_json
+from dsteer.training.divergence import DivergentPairs
 
 BLOCK = 1
 SIZES = {"fit": 40, "tune": 6, "test": 20}
@@ -140,6 +144,41 @@ def test_margins_are_those_of_the_states_before_the_difference(run: Path, plante
     v = read_tensors(run / "vector" / "vectors.safetensors")["final_norm"].astype(np.float64)
     assert result["margin_change_v"]["value"] == pytest.approx((e @ v).mean(), abs=1e-9)
     assert result["margin_change_own_heads"] is None
+
+
+@pytest.mark.parametrize("messages", [True, False])
+def test_prompts_have_the_form_of_the_activations(
+    tmp_path: Path, planted: Planted, messages: bool
+) -> None:
+    """The template is the tuned model's, for the base has none; texts stay texts, which is said."""
+    (tmp_path / "data").mkdir()
+    for split, count in SIZES.items():
+        given = pairs("", count, len(split) * 100)
+        if messages:
+            given = [
+                replace(pair, prompt=[{"role": "user", "content": f"Q{pair.row}"}])
+                for pair in given
+            ]
+        write_pairs(tmp_path / "data" / f"{split}.jsonl", given)
+    config = settings(planted, tmp_path / "models", bootstrap=20, gradient_pairs=2)
+    byte_tokenizer(None).save_pretrained(tmp_path / "models" / "base")
+    (tmp_path / "models" / "base" / "chat_template.jinja").unlink()
+    config["activations"]["template"] = "chat"
+    measure(tmp_path, "activations", "vector", "geometry", **config)
+    before, chosen, rejected = [], [], []
+    for pair in given:  # those of test
+        start = f"<s><user>{pair.prompt[0]['content']}\n<assistant>" if messages else pair.prompt
+        k = next(i for i, (a, b) in enumerate(zip(pair.chosen, pair.rejected, strict=False))
+                 if a != b)  # fmt: skip
+        before.append(start.removeprefix("<s>") + pair.chosen[:k])  # the tokenizer writes BOS
+        chosen.append(pair.chosen[k])
+        rejected.append(pair.rejected[k])
+    e = directions(planted, chosen, rejected)
+    margin = (last_states(planted, before)["base"] * e).sum(1)
+    tensors = read_tensors(tmp_path / "geometry" / "geometry.safetensors")
+    np.testing.assert_allclose(tensors["margin/base"], margin, atol=2e-5)  # as above
+    notes = result_of(tmp_path)["notes"]
+    assert any("read here as they stand" in note for note in notes) == (not messages)
 
 
 def test_the_mean_preference_is_that_of_the_fit_pairs(run: Path, planted: Planted) -> None:
@@ -343,3 +382,38 @@ def test_other_heads_are_said(tmp_path: Path) -> None:
     change = 2 * found["margin_tuned"]["value"] - found["margin_base"]["value"]
     assert found["margin_change_own_heads"]["value"] == pytest.approx(change, abs=1e-6)
     assert any("unembeddings differ" in note for note in result["notes"])
+
+
+def test_messages_go_through_the_template_that_the_activations_went_through(
+    tmp_path: Path, planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base's tokenizer has no template, the tuned model's has one."""
+    from dsteer.stages import geometry
+
+    run = tmp_path / "run"
+    (run / "data").mkdir(parents=True)
+    for start, split in enumerate(SIZES):
+        told = [
+            PreferencePair(
+                [{"role": "user", "content": str(pair.prompt)}],
+                pair.chosen,
+                pair.rejected,
+                conversation=pair.conversation,
+            )
+            for pair in pairs(split, 4, 4 * start)
+        ]
+        write_pairs(run / "data" / f"{split}.jsonl", told)
+    given = settings(planted, tmp_path / "models")
+    given["activations"]["template"] = "chat"
+    byte_tokenizer(None).save_pretrained(given["models"]["base"])
+    (Path(given["models"]["base"]) / "chat_template.jinja").unlink(missing_ok=True)
+    read = []
+
+    def of(*args: Any, **options: Any) -> DivergentPairs:
+        read.append(DivergentPairs.of(*args, **options))
+        return read[-1]
+
+    monkeypatch.setattr(geometry, "DivergentPairs", SimpleNamespace(of=of))
+    measure(run, "activations", "vector", "geometry", **given)
+    (wanted,) = encode(byte_tokenizer(), [told[0].prompt], template="chat")
+    assert read[1].examples[0].prompt == wanted.ids
