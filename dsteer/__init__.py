@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsteer.activations.accumulate import accumulate as accumulate
     from dsteer.activations.extract import PairedActivations as PairedActivations
     from dsteer.activations.extract import extract as extract
+    from dsteer.activations.moments import PairedMoments as PairedMoments
     from dsteer.data import load_preferences as load_preferences
     from dsteer.data.types import PreferencePair as PreferencePair
     from dsteer.errors import DsteerError as DsteerError
@@ -32,11 +34,13 @@ _HOMES = {
     "DsteerError": "dsteer.errors",
     "ModelPair": "dsteer.models.pair",
     "PairedActivations": "dsteer.activations.extract",
+    "PairedMoments": "dsteer.activations.moments",
     "PreferencePair": "dsteer.data.types",
     "Spectrum": "dsteer.geometry.spectrum",
     "SteeringVector": "dsteer.steering.vector",
     "SteeringVectorSet": "dsteer.steering.vector",
     "SweepResult": "dsteer.steering.decode",
+    "accumulate": "dsteer.activations.accumulate",
     "cosine_to": "dsteer.geometry.alignment",
     "cosine_to_mean": "dsteer.geometry.alignment",
     "extract": "dsteer.activations.extract",

@@ -25,17 +25,28 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from dsteer.errors import ConfigError, did_you_mean
+from dsteer.names import split_revision
 
 SplitName = Literal["train", "fit", "tune", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 Position = Literal["prompt_last", "prompt_mean", "response_last", "response_mean", "all"]
 DType = Literal["float32", "bfloat16", "float16"]
+DeviceMap = Literal["auto", "balanced", "sequential"]
+Quantization = Literal["8bit", "4bit"]
 Freeze = Literal["none", "input", "output", "both"]
+
+
+SITE = r"encoder|final_norm|resid_post\.(0|[1-9]\d*)"
+"""What sites are called."""
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""What runs and variants may be called: their folders have these names."""
 
 
 class Section(BaseModel):
@@ -154,16 +165,83 @@ class DataConfig(Section):
 class ModelsConfig(Section):
     """Which models, and in which precision they are read."""
 
-    base: str | None = Field(None, description="Hub id or folder; absent if `base` trains one.")
+    base: str | None = Field(
+        None,
+        description="Hub id (or id@revision), folder or GGUF file; absent if `base` trains one.",
+    )
     tuned: str | None = Field(
-        None, description="Hub id, folder or adapter; absent if `dpo` trains it."
+        None, description="Likewise, or an adapter; absent if `dpo` trains it."
     )
     base_revision: str | None = None
     tuned_revision: str | None = None
     tokenizer: str | None = Field(None, description="Hub id or folder; default: the base model's.")
+    chat_template: str | None = Field(
+        None,
+        description="A Jinja file, or hub id or folder of a tokenizer: both models' template.",
+    )
     dtype: DType = "float32"
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    device_map: DeviceMap | None = Field(
+        None, description="Spread a model that is read over all devices, then memory, then disk."
+    )
+    max_memory: dict[int | str, int | str] | None = Field(
+        None, description="With device_map: the most of each device, as {0: 20GiB, cpu: 60GiB}."
+    )
+    offload_folder: str | None = Field(
+        None, description="With device_map: where weights go that fit nowhere else."
+    )
+    quantization: Quantization | None = Field(
+        None, description="Read both models quantised by bitsandbytes (extra `bnb`)."
+    )
     trust_remote_code: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_revisions(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for which in ("base", "tuned"):
+            name = values.get(which)
+            if not isinstance(name, str):
+                continue
+            path, revision = split_revision(name)
+            if revision is None:
+                continue
+            given = values.get(f"{which}_revision")
+            if given is not None:
+                raise ValueError(
+                    f"{which} {name} names a revision, and so does {which}_revision {given}; give "
+                    "one of them"
+                )
+            values = {**values, which: path, f"{which}_revision": revision}
+        return values
+
+    @field_validator("max_memory")
+    @classmethod
+    def _sizes(cls, value: dict[int | str, int | str] | None) -> dict[int | str, int | str] | None:
+        if value is None:
+            return None
+        found: dict[int | str, int | str] = {}
+        for device, size in value.items():
+            if not re.fullmatch(r"\d+|cpu|mps", str(device)):
+                raise ValueError(f"{device!r} is no device: expected 0, 1, …, cpu or mps")
+            if not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?[KMG]i?B", str(size)):
+                raise ValueError(f"{size!r} of {device} is no size: expected such as 20GiB")
+            found[int(device) if str(device).isdigit() else device] = size
+        return found
+
+    @model_validator(mode="after")
+    def _one_placement(self) -> Self:
+        if self.device_map is None:
+            for key in ("max_memory", "offload_folder"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} needs device_map: auto, balanced or sequential")
+        elif self.device != "auto":
+            raise ValueError(
+                f"device {self.device} and device_map {self.device_map} are both given: drop one "
+                "(max_memory limits the devices of a map)"
+            )
+        return self
 
 
 class TinyModelConfig(Section):
@@ -220,7 +298,11 @@ class DpoConfig(Section):
     """DPO through TRL, on the training split."""
 
     beta: PositiveFloat = 0.1
-    loss_type: str = Field("sigmoid", description="Any loss that TRL's DPOTrainer knows.")
+    loss_type: str = Field(
+        "sigmoid",
+        description="Any loss that TRL's DPOTrainer knows; encoder-decoder models have sigmoid, "
+        "hinge and ipo.",
+    )
     freeze: Freeze = Field("both", description="Embeddings that may not change.")
     lora: LoraConfig | None = None
     reference: Literal["precomputed", "live"] = "precomputed"
@@ -244,11 +326,16 @@ class DpoConfig(Section):
 # ---------------------------------------------------------------------------------- measuring
 
 
+KEPT_PROMPTS = 1024
+"""The default of ``activations.keep`` with ``store: moments``."""
+
+
 class ActivationsConfig(Section):
     """Paired hidden states of base and tuned on identical token ids."""
 
     sites: Literal["all"] | tuple[str, ...] = Field(
-        "all", description="all, or names such as resid_post.3 and final_norm."
+        "all",
+        description="all, or names such as resid_post.3, final_norm and (encoder-decoder) encoder.",
     )
     position: Position = "prompt_last"
     template: Literal["none", "chat"] = Field(
@@ -266,6 +353,22 @@ class ActivationsConfig(Section):
     response_tokens: int = Field(
         32, ge=0, description="Response tokens a test prompt for teacher-forced KL; 0: none."
     )
+    store: Literal["states", "moments"] = Field(
+        "states",
+        description="states: every state, on disk; moments: sums alone, for millions of prompts.",
+    )
+    keep: PositiveInt | None = Field(
+        None,
+        description="With store: moments alone: prompts of each split whose states are kept all "
+        f"the same, for what needs states one by one; default: {KEPT_PROMPTS}.",
+    )
+
+    @field_validator("keep")
+    @classmethod
+    def _keeps_of_moments(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("store") == "states":
+            raise ValueError("store: states keeps every state; drop keep, or set store: moments")
+        return value
 
 
 class VectorConfig(Section):
@@ -291,7 +394,10 @@ class CosineConfig(Section):
 
     bootstrap: PositiveInt = 1000
     confidence: float = Field(0.95, gt=0.5, lt=1)
-    null_draws: PositiveInt = Field(200, description="Sign-flipped refits that make the null.")
+    null_draws: PositiveInt = Field(
+        200,
+        description="Sign-flipped refits that make the null; 200 at most with store: moments.",
+    )
 
 
 class SpectrumConfig(Section):
@@ -299,6 +405,28 @@ class SpectrumConfig(Section):
 
     top: PositiveInt = Field(5, description="Singular values that figure 4b shows.")
     power: Literal[1, 2] = Field(2, description="p of the spectral entropy's weights σ^p.")
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+
+class TemplateConfig(Section):
+    """How much is the chat template, how much the training: base/tuned × raw/templated."""
+
+    prompts: PositiveInt = Field(
+        256, description="Test prompts that are measured, and fit prompts that directions rest on."
+    )
+    sites: Literal["all"] | tuple[str, ...] = Field(
+        "all", description="all, or names such as resid_post.3 and final_norm."
+    )
+    batch_tokens: PositiveInt | None = Field(
+        None, description="Tokens a batch; default: by device."
+    )
+    max_tokens: PositiveInt = Field(
+        1024, description="Prompts that are longer in either form are left out, counted."
+    )
+    noise_floor_prompts: PositiveInt = Field(
+        32, description="Prompts that the base reads again, one at a time, to measure rounding."
+    )
+    bootstrap: PositiveInt = 1000
     confidence: float = Field(0.95, gt=0.5, lt=1)
 
 
@@ -362,8 +490,10 @@ class SweepConfig(Section):
     @field_validator("site")
     @classmethod
     def _a_site(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|final_norm|resid_post\.(0|[1-9]\d*)", value):
-            raise ValueError(f"{value!r} is no site: expected auto, final_norm or resid_post.K")
+        if not re.fullmatch(f"auto|{SITE}", value):
+            raise ValueError(
+                f"{value!r} is no site: expected auto, resid_post.K, final_norm or encoder"
+            )
         return value
 
     @field_validator("stop")
@@ -462,14 +592,140 @@ class TruthfulqaConfig(Section):
 
 
 class BehaviourConfig(Section):
-    """Metrics of interpolation and inversion that need something from outside."""
+    """Metrics of the sweeps that need something from outside, and the β of the reward."""
 
+    beta: PositiveFloat | None = Field(
+        None, description="β of the implicit reward; default: that of `dpo`, or 0.1 without one."
+    )
     reward_model: str | None = Field(
         None, description="Hub id or folder of a sequence-classification reward model."
     )
     toxicity: ToxicityConfig | None = None
     judge: JudgeConfig | None = None
     truthfulqa: TruthfulqaConfig | None = None
+
+
+class ComparisonConfig(Section):
+    """The variants of a study side by side: one table, cosines of their v*s, shared subspaces."""
+
+    sites: Literal["auto"] | tuple[str, ...] = Field(
+        "auto",
+        description="Where subspaces are compared; auto: each variant's chosen site, and "
+        "final_norm. Cosines of v*s are taken at every site that two variants have in common.",
+    )
+    subspace: PositiveInt = Field(
+        5, description="Right singular vectors of ΔH that span a variant's subspace, at most."
+    )
+    draws: PositiveInt = Field(100, description="Random halves of the conversations.")
+    null_draws: PositiveInt = Field(200, description="Random subspaces that make the null.")
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+    @field_validator("sites")
+    @classmethod
+    def _some_site(cls, value: tuple[str, ...] | Literal["auto"]) -> tuple[str, ...] | str:
+        if not value:
+            raise ValueError("name at least one site, or auto")
+        for site in () if isinstance(value, str) else value:
+            if not re.fullmatch(SITE, site):
+                raise ValueError(
+                    f"{site!r} is no site: expected encoder, final_norm or resid_post.K"
+                )
+        return value
+
+
+SitesOfTransfer = Literal["auto", "all"] | tuple[str, ...]
+TransferMap = Literal["ridge", "procrustes", "cca"]
+
+
+class TransferConfig(Section):
+    """Carry the vector of another model, the sender, to this pipeline's pair, the receiver."""
+
+    base: str = Field(description="Hub id or folder of the sender's base model.")
+    tuned: str | None = Field(
+        None, description="Hub id, folder or adapter of its tuned model: v* is averaged from both."
+    )
+    vectors: str | None = Field(
+        None, description="Or a file of its steering vectors, one a site (safetensors)."
+    )
+    base_revision: str | None = None
+    tuned_revision: str | None = None
+    tokenizer: str | None = Field(None, description="Hub id or folder; default: the sender's own.")
+    text: Source | None = Field(
+        None,
+        description="Neutral text that the map is learned on; default: the train split's "
+        "transcripts, else those of the fit split.",
+    )
+    text_tokens: PositiveInt = Field(20_000, description="Tokens of it that the receiver reads.")
+    text_length: PositiveInt = Field(
+        256, description="Tokens of one text; longer ones are cut on the right."
+    )
+    maps: tuple[TransferMap, ...] = Field(
+        get_args(TransferMap), min_length=1, description="Kinds of map to choose from."
+    )
+    sender_sites: SitesOfTransfer = Field(
+        "auto", description="Where the sender's vector is taken; auto: four depths."
+    )
+    receiver_sites: SitesOfTransfer = Field(
+        "auto", description="Where it may act in the receiver; auto: four depths."
+    )
+    ridge: tuple[PositiveFloat, ...] = Field(
+        (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        min_length=1,
+        description="Penalties to choose from, in units of the states' mean variance.",
+    )
+    components: tuple[PositiveInt, ...] | Literal["auto"] = Field(
+        "auto",
+        description="Widths of procrustes and cca to choose from; auto: the narrower model's "
+        "width, its half, quarter and eighth.",
+    )
+    positions: SteeredPositions = Field(
+        "auto",
+        description="Tokens that are steered; auto: all, prompt_last or generated, chosen together "
+        "with the site pair and the map.",
+    )
+    strengths: tuple[PositiveFloat, ...] = Field(
+        (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0),
+        description="The λ to choose from, for the native vector, the carried one and each null "
+        "alike; with 1.",
+    )
+    tune_pairs: PositiveInt = Field(32, description="Tune pairs on which the λ are chosen.")
+    choice_pairs: PositiveInt = Field(
+        16,
+        description="The first of them, on which site pair, map and steered tokens are chosen, of "
+        "the carried vector and of each draw of a null alike.",
+    )
+    pairs: PositiveInt = Field(64, description="Test pairs on which effects are measured.")
+    response_tokens: PositiveInt = Field(48, description="Tokens of each answer that are read.")
+    max_tokens: PositiveInt = Field(768, description="Longer prompts are cut on the left, counted.")
+    nulls: int = Field(20, ge=20, description="Random directions of each of the two kinds.")
+    shuffles: PositiveInt = Field(5, description="Maps learned on shuffled positions.")
+    bootstrap: PositiveInt = 1000
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+    @field_validator("sender_sites", "receiver_sites")
+    @classmethod
+    def _are_sites(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(value, str):
+            return value
+        if not value:
+            raise ValueError("needs at least one site, or 'auto', or 'all'")
+        for site in value:
+            if not re.fullmatch(r"final_norm|resid_post\.(0|[1-9]\d*)", site):
+                raise ValueError(f"{site!r} is no site: expected final_norm or resid_post.K")
+        return value
+
+    @field_validator("strengths")
+    @classmethod
+    def _with_one(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if 1.0 not in value or any(a >= b for a, b in pairwise(value)):
+            raise ValueError("needs rising strengths, 1 among them")
+        return value
+
+    @model_validator(mode="after")
+    def _one_vector(self) -> Self:
+        if (self.tuned is None) == (self.vectors is None):
+            raise ValueError("name the sender's tuned model or a file of its vectors, one of both")
+        return self
 
 
 class ReportConfig(Section):
@@ -481,7 +737,7 @@ class ReportConfig(Section):
 class PipelineConfig(Section):
     """A whole pipeline."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=f"^{NAME}$")
     description: str = ""
     seed: int = 0
     data: DataConfig
@@ -492,32 +748,61 @@ class PipelineConfig(Section):
     vector: VectorConfig | None = None
     cosine: CosineConfig | None = None
     spectrum: SpectrumConfig | None = None
+    template: TemplateConfig | None = None
     geometry: GeometryConfig | None = None
     interpolation: InterpolationConfig | None = None
     inversion: InversionConfig | None = None
+    transfer: TransferConfig | None = None
     behaviour: BehaviourConfig = BehaviourConfig()
     report: ReportConfig | None = None
+    comparison: ComparisonConfig = ComparisonConfig()
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Makes the pipeline a study: name of a variant → what it changes "
+        "({key.path: value}). Each is a run of its own, and they are compared.",
+    )
+
+    @field_validator("variants")
+    @classmethod
+    def _names(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name in value:
+            if not re.fullmatch(NAME, name):
+                raise ValueError(
+                    f"{name!r} is no name of a variant: expected letters, digits, '.', '_' and '-'"
+                )
+        return value
 
     @model_validator(mode="after")
     def _one_of_each_model(self) -> Self:
+        if self.variants:
+            return self  # each variant is checked as a whole
         if self.base is not None and self.models.base is not None:
             raise ValueError("models.base and base are both given: name a model or train one")
         if self.dpo is not None and self.models.tuned is not None:
             raise ValueError("models.tuned and dpo are both given: name a model or train one")
         has_base = self.base is not None or self.models.base is not None
         has_tuned = self.dpo is not None or self.models.tuned is not None
+        for key in ("device_map", "quantization"):
+            given = getattr(self.models, key)
+            if self.dpo is not None and given is not None:
+                raise ValueError(
+                    f"models.{key} {given} and dpo are both given, and training holds the whole "
+                    f"model, as it is, on one device: drop models.{key}, or train elsewhere and "
+                    "give models.tuned"
+                )
         if self.dpo is not None and not has_base:
             raise ValueError("dpo needs a base: give models.base or a base section")
-        if self.activations is not None and not (has_base and has_tuned):
-            raise ValueError(
-                "activations need a pair: give models.base or base, and models.tuned or dpo"
-            )
+        for stage, need in (("activations", "need"), ("template", "needs")):
+            if getattr(self, stage) is not None and not (has_base and has_tuned):
+                raise ValueError(
+                    f"{stage} {need} a pair: give models.base or base, and models.tuned or dpo"
+                )
         return self
 
     @property
     def reward_beta(self) -> float:
-        """β of the loss and of the implicit reward: that of ``dpo``, or its default without one."""
-        return (self.dpo or DpoConfig()).beta
+        """β of the implicit reward: as given, else that of ``dpo``, else the default of ``dpo``."""
+        return self.behaviour.beta or (self.dpo or DpoConfig()).beta
 
     def seed_for(self, *names: str) -> int:
         """A seed for one purpose, independent of the seeds of all other purposes."""
@@ -552,23 +837,60 @@ def read_pipeline(
     if not isinstance(raw, dict):
         raise ConfigError(f"{origin}: expected a mapping of sections, got {type(raw).__name__}")
     for item in overrides:
-        _override(raw, item)
+        override(raw, item)
     # A section written without content (`vector:`) asks for the stage with its defaults.
     for name in STAGE_SECTIONS & raw.keys():
         if raw[name] is None and not _was_removed(name, overrides):
             raw[name] = {}
+    config, mistakes = _validated(raw)
+    if config is not None:
+        mistakes = [
+            f"variants.{name}: {mistake.removeprefix('pipeline: ')}"
+            for name in config.variants
+            for mistake in _variant(config, name)[1]
+        ]
+    if config is None or mistakes:
+        head = f"{origin}: " if len(mistakes) == 1 else f"{origin}: {len(mistakes)} mistakes\n  "
+        raise ConfigError(head + "\n  ".join(mistakes))
+    return config
+
+
+def _validated(raw: Any) -> tuple[PipelineConfig | None, list[str]]:
+    """A pipeline, or every mistake in it."""
     try:
-        return PipelineConfig.model_validate(raw)
+        return PipelineConfig.model_validate(raw), []
     except ValidationError as error:
         found = error.errors()
         # A list whose items are all wrong is also called too short: tell only the cause.
-        mistakes = [
+        return None, [
             _describe(dict(mistake))
             for mistake in found
             if not (mistake["type"] == "too_short" and _has_below(mistake["loc"], found))
         ]
-        head = f"{origin}: " if len(mistakes) == 1 else f"{origin}: {len(mistakes)} mistakes\n  "
-        raise ConfigError(head + "\n  ".join(mistakes)) from None
+
+
+def variants_of(config: PipelineConfig) -> dict[str, PipelineConfig]:
+    """The pipeline of each variant of a study that :func:`read_pipeline` has read, by its name."""
+    found = {name: _variant(config, name)[0] for name in config.variants}
+    return {name: variant for name, variant in found.items() if variant is not None}
+
+
+def _variant(config: PipelineConfig, name: str) -> tuple[PipelineConfig | None, list[str]]:
+    """A variant's pipeline, or every mistake in it."""
+    raw = resolved(config) | {"name": f"{config.name}.{name}", "variants": {}}
+    changes = config.variants[name]
+    own = [path for path in changes if path.split(".")[0] in {"name", "variants", "comparison"}]
+    if own:
+        return None, [f"{path}: a variant can't change it; it is the study's own" for path in own]
+    try:
+        for path, value in changes.items():
+            revision = f"{path}_revision"
+            if re.fullmatch(r"(models|transfer)\.(base|tuned)", path) and revision not in changes:
+                _put(raw, revision, None, revision)  # that of the study's own model
+            _put(raw, path, value, f"{path}={value}")
+    except ConfigError as error:
+        return None, [str(error)]
+    return _validated(raw)
 
 
 def _has_below(location: Sequence[object], mistakes: Sequence[Any]) -> bool:
@@ -579,8 +901,8 @@ def _has_below(location: Sequence[object], mistakes: Sequence[Any]) -> bool:
 
 STAGE_SECTIONS = frozenset(
     {
-        "base", "dpo", "activations", "vector", "cosine", "spectrum", "geometry",
-        "interpolation", "inversion", "report",
+        "base", "dpo", "activations", "vector", "cosine", "spectrum", "template", "geometry",
+        "interpolation", "inversion", "transfer", "report",
     }
 )  # fmt: skip
 
@@ -589,7 +911,12 @@ def _was_removed(name: str, overrides: Sequence[str]) -> bool:
     return any(item.partition("=")[0] == name for item in overrides)
 
 
-def _override(raw: dict[str, Any], item: str) -> None:
+def override(raw: dict[str, Any], item: str) -> None:
+    """Change a pipeline that is not validated yet by one ``key.path=value``.
+
+    Raises:
+        ConfigError: no such item, or a path through what has no keys.
+    """
     path, sign, value = item.partition("=")
     if not sign or not path:
         raise ConfigError(f"override {item!r}: expected key.path=value")
@@ -597,6 +924,11 @@ def _override(raw: dict[str, Any], item: str) -> None:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError(f"override {item!r}: the value is not YAML") from None
+    _put(raw, path, parsed, item)
+
+
+def _put(raw: dict[str, Any], path: str, parsed: Any, item: str) -> None:
+    """Set the value at a dotted path; ``item`` names the change in messages."""
     node: Any = raw
     keys = path.split(".")
     for depth, key in enumerate(keys):
@@ -657,7 +989,7 @@ def _is_tag(location: Sequence[object], index: int) -> bool:
     if index == 0 or not isinstance(part, str):
         return False
     if part in _TAGS:
-        return isinstance(location[index - 1], int)
+        return isinstance(location[index - 1], int) or location[index - 1] == "text"
     return part.startswith(("tuple[", "literal["))
 
 
@@ -730,6 +1062,16 @@ def json_schema() -> dict[str, Any]:
 def resolved(config: BaseModel) -> dict[str, Any]:
     """A config with every default filled in, as plain JSON values."""
     return cast(dict[str, Any], json.loads(config.model_dump_json()))
+
+
+def as_yaml(config: PipelineConfig) -> str:
+    """A pipeline's YAML, every default filled in; it reads back as the same pipeline."""
+    values = {
+        key: value
+        for key, value in resolved(config).items()
+        if not (key in STAGE_SECTIONS and value is None)  # written, it would ask for its defaults
+    }
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def select(config: PipelineConfig, keys: Sequence[str]) -> Mapping[str, Any]:

@@ -34,6 +34,10 @@ class StoreError(DsteerError):
     """A run folder that is locked, foreign, unwritable or incomplete."""
 
 
+class StudyError(DsteerError):
+    """Variants of a study that failed, beside others that did not."""
+
+
 class MissingExtraError(DsteerError):
     """An optional dependency that is not installed.
 

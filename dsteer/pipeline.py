@@ -7,13 +7,14 @@ reads, the identity of its outside inputs (files, hub commits) and its upstreams
 from __future__ import annotations
 
 import errno
+import json
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,9 @@ from typing import Literal
 from dsteer import __version__
 from dsteer.config import PipelineConfig, resolved, select
 from dsteer.errors import ConfigError, DsteerError, StoreError, did_you_mean
-from dsteer.progress import Reporter
+from dsteer.names import is_local, split_gguf, split_revision
+from dsteer.parallel import ALONE, Ranks, join, place, share_batch, started_alone
+from dsteer.progress import SILENT, Reporter
 from dsteer.stages import BY_NAME, STAGES, Stage, StageContext, call, needs, planned
 from dsteer.store import Json, Run, hash_json, identify, read_json, write_json
 
@@ -65,18 +68,38 @@ def outside_inputs(stage: str, config: PipelineConfig) -> dict[str, str | None]:
 
     def add(key: str, path: str | None, revision: str | None, kind: str) -> None:
         if path is not None:
-            _require_local(key, path)
-            found[key] = identify(path, revision=revision, kind=kind)
+            path, at = split_revision(path)
+            repository, file = split_gguf(path)
+            # A GGUF file on the hub is identified by its repository's commit.
+            named = path if file is None or is_local(path) else repository
+            require_local(key, named)
+            if is_local(named) and (revision or at):
+                raise ConfigError(
+                    f"{key}: {named} at revision {revision or at}: a local path has no revisions; "
+                    "drop it, or name the hub id"
+                )
+            found[key] = identify(named, revision=revision or at, kind=kind)
+            if kind == "model":
+                add_adapter_bases(key, path)
+
+    def add_adapter_bases(key: str, path: str) -> None:
+        """The models that an adapter on disk was trained on, down to the one without an adapter."""
+        seen = {path}
+        while (base := _adapter_base(path)) is not None and base not in seen:
+            seen.add(base)
+            key, (path, at) = f"{key}.adapter_base", split_revision(base)
+            found[key] = identify(path, revision=at)
 
     models = config.models
     if stage == "data":
         for index, source in enumerate(config.data.sources):
             if source.format != "synthetic":
                 add(f"data.sources.{index}.path", source.path, source.revision, "dataset")
-    if stage in {"dpo", "activations"}:
+    if stage in {"dpo", "activations", "template"}:
         add("models.base", models.base, models.base_revision, "model")
         add("models.tokenizer", models.tokenizer, None, "model")
-    if stage == "activations":
+        add("models.chat_template", models.chat_template, None, "model")
+    if stage in {"activations", "template"}:
         add("models.tuned", models.tuned, models.tuned_revision, "model")
     if stage in {"interpolation", "inversion"}:
         sweep, behaviour = getattr(config, stage), config.behaviour
@@ -87,13 +110,34 @@ def outside_inputs(stage: str, config: PipelineConfig) -> dict[str, str | None]:
             add("behaviour.toxicity.classifier", behaviour.toxicity.classifier, None, "model")
         if behaviour.truthfulqa is not None:
             add("behaviour.truthfulqa.path", behaviour.truthfulqa.path, None, "dataset")
+    if stage == "transfer" and config.transfer is not None:
+        sender = config.transfer
+        add("transfer.base", sender.base, sender.base_revision, "model")
+        add("transfer.tuned", sender.tuned, sender.tuned_revision, "model")
+        add("transfer.tokenizer", sender.tokenizer, None, "model")
+        add("transfer.vectors", sender.vectors, None, "model")
+        if sender.text is not None and sender.text.format != "synthetic":
+            add("transfer.text.path", sender.text.path, sender.text.revision, "dataset")
     return found
 
 
-_FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".csv", ".txt", ".parquet", ".yaml"}
+def _adapter_base(path: str) -> str | None:
+    """The model that an adapter on disk says it was trained on; None of anything else."""
+    try:
+        text = (Path(path).expanduser() / "adapter_config.json").read_text(encoding="utf-8")
+        base = json.loads(text).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None  # no adapter, or one whose loading tells what it lacks
+    return base if isinstance(base, str) and base else None
 
 
-def _require_local(key: str, path: str) -> None:
+_FILE_SUFFIXES = {
+    ".jsonl", ".json", ".gz", ".csv", ".txt", ".parquet", ".yaml", ".jinja", ".j2", ".gguf",
+    ".safetensors",
+}  # fmt: skip
+
+
+def require_local(key: str, path: str) -> None:
     """Refuse what can only be meant as a local path and isn't there."""
     local = Path(path).expanduser()
     meant_local = path.startswith(("/", "./", "../", "~")) or local.suffix in _FILE_SUFFIXES
@@ -190,7 +234,7 @@ def _decide(
     if state == "complete":
         return "skip", "identical and complete"
     if state == "partial":
-        return "resume", "cut off before it was complete"
+        return "resume", folder.why_partial()
     if state == "absent":
         return "run", "not run yet"
     return "redo", _what_changed(folder.record(), identity)
@@ -248,23 +292,33 @@ def run_pipeline(
 ) -> Json:
     """Run a pipeline into a folder and return its summary.
 
+    Where a launcher started several processes, all call this. The first one plans, holds the lock,
+    writes and speaks; the others take part in the stages that are distributed. They share the
+    folder, and an error of one ends all.
+
     Raises:
         DsteerError: anything that the user can mend; what was complete stays.
     """
-    run = Run(out)
+    ranks = join()
+    with ranks.one_fate(), _storage_explained(out):
+        place(ranks, config.models.device, config.models.device_map)
+        if ranks.main:
+            if started_alone():
+                reporter.line(
+                    "accelerate started one process only: without several cards it needs "
+                    "--multi_gpu for more (torchrun starts them in any case)"
+                )
+            _lead(config, yaml_text, Run(out), overrides, until, only, force, reporter, ranks)
+        else:
+            _follow(config, Run(out), ranks)
+    return read_json(out / "summary.json")
+
+
+@contextmanager
+def _storage_explained(out: Path) -> Iterator[None]:
+    """Turn a full or forbidden disk into one clear line."""
     try:
-        run.check(config.name)
-        steps = make_plan(config, run, until=until, only=only, force=force)
-        if only is not None:
-            _require_inputs(only, steps, config)
-        with run.lock():
-            run.claim(config.name, yaml_text)
-            # Another run may have finished a stage since; the identities stand.
-            identities = {step.stage.name: step.identity for step in steps}
-            steps = _decide_all(run, identities, until=until, only=only, force=force)
-            for step in steps:
-                _take(step, steps, config, run, overrides, reporter)
-            _write_records(config, run, steps, overrides)
+        yield
     except DsteerError:
         raise
     except Exception as error:
@@ -272,10 +326,50 @@ def run_pipeline(
         if trouble is None:
             raise
         raise StoreError(trouble) from error
-    return read_json(run.path / "summary.json")
 
 
-def _require_inputs(only: str, steps: Sequence[Step], config: PipelineConfig) -> None:
+def _lead(
+    config: PipelineConfig,
+    yaml_text: str,
+    run: Run,
+    overrides: Sequence[str],
+    until: str | None,
+    only: str | None,
+    force: str | None,
+    reporter: Reporter,
+    ranks: Ranks,
+) -> None:
+    """Plan, lock, take step by step, and keep the records."""
+    run.check(config.name)
+    steps = make_plan(config, run, until=until, only=only, force=force)
+    if only is not None:
+        require_inputs(only, steps, config)
+    trains = any(s.stage.name == "dpo" and s.action not in {"skip", "wait"} for s in steps)
+    if config.dpo is not None and trains:  # told now, not after the base was trained
+        share_batch(config.dpo.batch_size, config.dpo.gradient_accumulation, ranks.world)
+    with run.lock():
+        run.claim(config.name, yaml_text)
+        # Another run may have finished a stage since; the identities stand.
+        identities = {step.stage.name: step.identity for step in steps}
+        steps = _decide_all(run, identities, until=until, only=only, force=force)
+        for step in steps:
+            _take(step, steps, config, run, overrides, reporter, ranks)
+        _write_records(config, run, steps, overrides)
+    ranks.broadcast(None)
+
+
+def _follow(config: PipelineConfig, run: Run, ranks: Ranks) -> None:
+    """Take part in the stages that the first process calls out, until it has no more."""
+    while (name := ranks.broadcast(None)) is not None:
+        call(StageContext(name, config, run.path, SILENT, ranks))
+
+
+def require_inputs(only: str, steps: Sequence[Step], config: PipelineConfig) -> None:
+    """Refuse to run one stage alone whose inputs are not there.
+
+    Raises:
+        StoreError: naming them.
+    """
     needed = {stage.name for stage in needs(BY_NAME[only], config)}
     missing = [s.stage.name for s in steps if s.stage.name in needed and s.action != "skip"]
     if missing:
@@ -292,6 +386,7 @@ def _take(
     run: Run,
     overrides: Sequence[str],
     reporter: Reporter,
+    ranks: Ranks,
 ) -> None:
     name = step.stage.name
     if step.action in {"skip", "wait"}:
@@ -307,7 +402,9 @@ def _take(
     folder.begin(step.fingerprint)
     # The report reads the manifest and the summary, so they are brought up to date before it runs.
     _write_records(config, run, steps, overrides)
-    context = StageContext(name=name, config=config, run=run.path, reporter=reporter)
+    ranks = ranks if step.stage.distributed else ALONE
+    ranks.broadcast(name)
+    context = StageContext(name, config, run.path, reporter, ranks)
     _reset_peak_memory()
     start = time.monotonic()
     result = call(context)
@@ -317,6 +414,7 @@ def _take(
         "seconds": round(time.monotonic() - start, 2),
         "peak_memory_bytes": _peak_memory(),
         "resumed": step.action == "resume",
+        "processes": ranks.world,
     }
     folder.finish(step.fingerprint, result, record)
     reporter.line(f"{name}: done in {record['seconds']:.1f} s")
@@ -331,7 +429,8 @@ def _readers(name: str, steps: Sequence[Step]) -> list[str]:
     return sorted(found - {name})
 
 
-_RECORDED = ("fingerprint", "version", "seconds", "peak_memory_bytes", "resumed", "outputs")
+_RECORDED = ("fingerprint", "version", "seconds", "peak_memory_bytes", "resumed", "processes",
+             "outputs")  # fmt: skip
 
 
 def _write_records(
@@ -340,18 +439,8 @@ def _write_records(
     """Write manifest.json and summary.json from the stages that are complete and up to date."""
     complete = [s for s in steps if run.stage(s.stage.name).state(s.fingerprint) == "complete"]
     records = {step.stage.name: run.stage(step.stage.name).record() or {} for step in complete}
-    commit, dirty = _git_state()
     manifest = {
-        "name": config.name,
-        "description": config.description,
-        "dsteer_version": __version__,
-        "commit": commit,
-        "dirty": dirty,
-        "versions": {"python": platform.python_version(), **_versions()},
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": _device(config),
-        "config": resolved(config),
-        "overrides": list(overrides),
+        **manifest_head(config, overrides),
         "inputs": {k: v for step in steps for k, v in step.identity["inputs"].items()},
         "stages": {
             name: {key: record.get(key) for key in _RECORDED} for name, record in records.items()
@@ -373,6 +462,23 @@ def _write_records(
         ],
     }
     write_json(run.path / "summary.json", summary)
+
+
+def manifest_head(config: PipelineConfig, overrides: Sequence[str]) -> dict[str, Json]:
+    """What every manifest says of the program, the machine and the pipeline."""
+    commit, dirty = _git_state()
+    return {
+        "name": config.name,
+        "description": config.description,
+        "dsteer_version": __version__,
+        "commit": commit,
+        "dirty": dirty,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": _device(config),
+        "config": resolved(config),
+        "overrides": list(overrides),
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ again, so nothing stale is ever reused.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -184,9 +185,23 @@ def hash_file(path: Path) -> str:
 
 
 def hash_folder(path: Path) -> str:
-    """SHA-256 over the names and contents of all files below a folder."""
+    """SHA-256 over the names and contents of all files below a folder.
+
+    A process reads a file's content once, unless its size or its time of change is another.
+    """
     files = sorted(item for item in path.rglob("*") if item.is_file())
-    return hash_json({str(item.relative_to(path)): hash_file(item) for item in files})
+    hashes = {}
+    for item in files:
+        status = item.stat()
+        hashes[str(item.relative_to(path))] = _hash_as_it_is(
+            item.resolve(), status.st_size, status.st_mtime_ns, status.st_ino
+        )
+    return hash_json(hashes)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _hash_as_it_is(path: Path, _size: int, _changed: int, _inode: int) -> str:
+    return hash_file(path)
 
 
 def identify(path: str, *, revision: str | None = None, kind: str = "model") -> str | None:
@@ -281,13 +296,20 @@ class StageFolder:
             return "stale"
         return "stale" if self.path.is_dir() and any(self.path.iterdir()) else "absent"
 
-    def begin(self, fingerprint: str) -> None:
-        """Make the folder ready: keep partial work of this fingerprint, clear all else."""
+    def begin(self, fingerprint: str, *, why: str = "cut off before it was complete") -> None:
+        """Make the folder ready: keep partial work of this fingerprint, clear all else.
+
+        ``why`` tells a person why there is partial work, should the stage not get further.
+        """
         if self.state(fingerprint) != "partial":
             self.clear()
         for leftover in self.path.rglob("*.tmp"):  # of a writer that was killed
             leftover.unlink()
-        write_json(self._partial, {"fingerprint": fingerprint})
+        write_json(self._partial, {"fingerprint": fingerprint, "why": why})
+
+    def why_partial(self) -> str:
+        """Why there is partial work."""
+        return str(read_json(self._partial).get("why", ""))
 
     def clear(self) -> None:
         """Remove the folder. The completion mark goes first, so a kill leaves no false claim."""

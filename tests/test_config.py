@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from dsteer.config import (
+    ModelsConfig,
     PipelineConfig,
     find_pipeline,
     json_schema,
     read_pipeline,
+    resolved,
     select,
     shipped_folder,
     shipped_pipelines,
@@ -62,6 +64,47 @@ dop: {}
 
 
 @pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ("{base: a/b@c, base_revision: d}", "models: base a/b@c names a revision, and so does"),
+        ("{max_memory: {0: 20GiB}}", "max_memory needs device_map: auto, balanced or sequential"),
+        ("{offload_folder: x}", "offload_folder needs device_map"),
+        ("{device: cpu, device_map: auto}", "device cpu and device_map auto are both given"),
+        ("{device_map: auto, max_memory: {0: much}}", "'much' of 0 is no size: expected such as"),
+        ("{device_map: auto, max_memory: {0: 0}}", "models.max_memory: 0 of 0 is no size"),
+        ("{device_map: auto, max_memory: {gpu: 1GiB}}", "'gpu' is no device: expected 0, 1, …"),
+        ("{device_map: somewhere}", "models.device_map: input should be 'auto', 'balanced' or"),
+        ("{quantization: 3bit}", "models.quantization: input should be '8bit' or '4bit'"),
+    ],
+)
+def test_mistakes_of_models(models: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_pipeline(f"{MINIMAL}models: {models}\n")
+    assert message in str(caught.value)
+
+
+def test_kept_states_are_for_moments() -> None:
+    text = "variants: {few: {activations.keep: 5}, all: {activations.store: states}}\n"
+    streamed = ["activations.store=moments"]
+    assert read_pipeline(TRAINED, [*streamed, "activations.keep=8"]).activations.keep == 8
+    assert read_pipeline(TRAINED, streamed).activations.keep is None
+    # a variant is read from the resolved pipeline: a default in it is nobody's wish
+    assert read_pipeline(TRAINED + text, streamed).variants
+    with pytest.raises(ConfigError, match=r"variants.all: activations.keep: store: states keeps"):
+        read_pipeline(TRAINED + text, [*streamed, "activations.keep=8"])
+    with pytest.raises(ConfigError, match=r"variants.few: activations.keep: store: states keeps"):
+        read_pipeline(TRAINED + text)
+
+
+def test_placement_of_models() -> None:
+    text = "device_map: auto, max_memory: {0: 20GiB, 1: 1000000, cpu: 1.5GB}, offload_folder: x"
+    models = read_pipeline(f"{MINIMAL}models: {{{text}}}\n").models
+    assert models.max_memory == {0: "20GiB", 1: 1000000, "cpu": "1.5GB"}
+    assert models.offload_folder == "x"
+    assert ModelsConfig.model_validate(resolved(models)) == models  # JSON's keys are strings
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("dpo.betta=1", "dpo.betta: unknown key; did you mean 'beta'?"),
@@ -69,6 +112,11 @@ dop: {}
         ("dpo.beta=much", "dpo.beta: input should be a valid number"),
         ("dpo.freeze=all", "dpo.freeze: input should be 'none', 'input', 'output' or 'both'"),
         ("dpo.beta", "expected key.path=value"),
+        (
+            "activations.keep=8",
+            "activations.keep: store: states keeps every state; drop keep, or set store: moments "
+            "(got 8)",
+        ),
         ("data.sources.7.path=x", "data.sources is a list of 1"),
         ("seed.x=1", "seed is 0, which has no keys"),
         ("name=a b", "name: string should match pattern"),
@@ -79,6 +127,8 @@ dop: {}
         ("prompts=1", "prompts: unknown key"),
         ("models.base=some/model", "models.base and base are both given"),
         ("models.tuned=some/model", "models.tuned and dpo are both given"),
+        ("models.device_map=auto", "models.device_map auto and dpo are both given, and training"),
+        ("models.quantization=4bit", "models.quantization 4bit and dpo are both given"),
     ],
 )
 def test_bad_override(override: str, message: str) -> None:
@@ -106,6 +156,7 @@ def test_overrides_reach_sections_and_lists() -> None:
         ("name: [x\n", "line 2"),
         ("name: x\n", "data: required"),
         (MINIMAL + "activations: {}\n", "activations need a pair"),
+        (MINIMAL + "template: {}\n", "template needs a pair"),
         (MINIMAL + "dpo: {}\n", "dpo needs a base"),
         (MINIMAL.replace("synthetic", "prompts, path: a, use: [train]"), "leave 'train' out"),
     ],
@@ -165,3 +216,26 @@ def test_mistakes_of_a_sweep(section: str, what: str) -> None:
     with pytest.raises(ConfigError, match=what) as caught:
         read_pipeline(TRAINED + f"vector: {{}}\ninterpolation: {{{section.strip('{}')}}}\n")
     assert "interpolation" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "what"),
+    [
+        ("{}", "transfer.base: required"),
+        ("{base: a}", "one of both"),
+        ("{base: a, tuned: b, vectors: c}", "one of both"),
+        ("{base: a, tuned: b, nulls: 19}", "greater than or equal to 20"),
+        ("{base: a, tuned: b, maps: []}", "transfer.maps"),
+        ("{base: a, tuned: b, maps: [linear]}", "transfer.maps"),
+        ("{base: a, tuned: b, strengths: [0.5, 2]}", "1 among them"),
+        ("{base: a, tuned: b, strengths: [2, 1]}", "rising strengths"),
+        ("{base: a, tuned: b, sender_sites: [block_3]}", "'block_3' is no site"),
+        ("{base: a, tuned: b, receiver_sites: []}", "needs at least one site"),
+        ("{base: a, tuned: b, ridge: [-1]}", "greater than 0"),
+        ("{base: a, tuned: b, text: {format: prompts, path: x, lines: 3}}", "transfer.text.lines"),
+    ],
+)
+def test_mistakes_of_a_transfer(section: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what) as caught:
+        read_pipeline(TRAINED + f"vector: {{}}\ntransfer: {section}\n")
+    assert "transfer" in str(caught.value)

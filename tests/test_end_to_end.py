@@ -186,3 +186,30 @@ def test_report_is_drawn_again_from_artifacts_alone(undisturbed: Path, tmp_path:
     assert done.stdout.strip().endswith("report.html")
     assert (run / "report.html").read_bytes() == before
     assert (run / "cosine" / "figures" / "fig3_cosine.pdf").is_file()
+
+
+def test_compare_gives_the_numbers_of_the_pipeline_that_trained_the_models(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    """The same two models, named instead of trained: every number of every stage is the same."""
+    out = tmp_path / "compared"
+    settings = [s for s in SHORT if not s.startswith(("base.", "dpo."))]
+    yaml = "data.sources.0={format: synthetic, conversations: 500, axes: {polite: 1.0}, differ: preferred}"  # noqa: E501
+    process = subprocess.run(
+        [sys.executable, "-m", "dsteer", "compare", str(undisturbed / "base" / "model"),
+         str(undisturbed / "dpo" / "model"), "--data", "synthetic", "--limit", "500",
+         "--device", "cpu", "--out", str(out), yaml, *settings, "behaviour.beta=2.0",
+         "interpolation.temperature=1.0", "inversion.temperature=1.0"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    measuring = ("vector", "cosine", "spectrum", "geometry", "interpolation", "inversion")
+    for stage in ("activations", *measuring):
+        trained, named = (read_json(run / stage / "result.json") for run in (undisturbed, out))
+        for result in (trained, named):
+            del result["notes"]  # they say whether this run trained the model
+        assert named == trained, stage
+    assert (out / "report.html").stat().st_size > 0

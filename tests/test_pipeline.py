@@ -19,10 +19,15 @@ from dsteer.store import Json, Run, read_json
 
 YAML = (
     "name: demo\ndata: {sources: [{format: synthetic}]}\n"
-    "base:\ndpo:\nactivations:\nvector:\ncosine:\nspectrum:\ngeometry:\ninterpolation:\n"
-    "inversion:\nreport:\n"
+    "base:\ndpo:\nactivations:\nvector:\ncosine:\nspectrum:\ntemplate:\ngeometry:\n"
+    "interpolation:\ninversion:\ntransfer: {base: a/b, tuned: a/c}\nreport:\n"
 )
 ALL = [stage.name for stage in STAGES]
+
+
+def from_states(name: str) -> list[str]:
+    """A stage and those behind it that read the stored states; template reads its own."""
+    return [stage for stage in ALL[ALL.index(name) :] if stage != "template"]
 
 
 class Stages:
@@ -60,7 +65,7 @@ def go(out: Path, *overrides: str, **options: str) -> Json:
 def test_runs_all_then_skips_all(tmp_path: Path, stages: Stages) -> None:
     summary = go(tmp_path / "r")
     assert stages.ran == ALL
-    assert summary["stages"]["report"] == {"inputs": 10}
+    assert summary["stages"]["report"] == {"inputs": len(ALL) - 1}
     assert {"stage": "dpo", "text": "dpo ran"} in summary["notes"]
     before = (tmp_path / "r" / "summary.json").read_bytes()
     go(tmp_path / "r")
@@ -73,13 +78,15 @@ def test_runs_all_then_skips_all(tmp_path: Path, stages: Stages) -> None:
     ("override", "expected"),
     [
         ("dpo.beta=0.7", ALL[ALL.index("dpo") :]),
-        ("activations.position=prompt_mean", ALL[ALL.index("activations") :]),
-        ("vector.bootstrap=7", ALL[ALL.index("vector") :]),
+        ("activations.position=prompt_mean", from_states("activations")),
+        ("vector.bootstrap=7", from_states("vector")),
         ("cosine.bootstrap=7", ["cosine", "report"]),
         ("spectrum.top=3", ["spectrum", "report"]),
+        ("template.prompts=7", ["template", "report"]),
         ("geometry.pairs=7", ["geometry", "interpolation", "report"]),
         ("interpolation.temperature=0.5", ["interpolation", "report"]),
         ("inversion.prompts=7", ["inversion", "report"]),
+        ("transfer.pairs=7", ["transfer", "report"]),
         ("behaviour.reward_model=a/b", ["interpolation", "inversion", "report"]),
         ("report.title=Hello", ["report"]),
         ("description=Hello", ["report"]),
@@ -249,11 +256,44 @@ def test_changed_content_of_what_a_sweep_reads_reruns_it(tmp_path: Path, stages:
         make_plan(config("inversion.samples=./nowhere.txt"), Run(tmp_path / "r"))
 
 
+def test_changed_vectors_of_a_sender_rerun_the_transfer(tmp_path: Path, stages: Stages) -> None:
+    vectors, text = tmp_path / "v.safetensors", tmp_path / "text.txt"
+    for path in (vectors, text):
+        path.write_text("one")
+    settings = (
+        f"transfer={{base: a/b, vectors: {vectors}, text: {{format: prompts, path: {text}}}}}",
+    )
+    go(tmp_path / "r", *settings)
+    for path in (vectors, text):
+        path.write_text("two")
+        steps = make_plan(config(*settings), Run(tmp_path / "r"))
+        assert [s.stage.name for s in steps if s.action != "skip"] == ["transfer", "report"]
+        path.write_text("one")
+    with pytest.raises(ConfigError, match=r"transfer\.text\.path: .*no such file"):
+        make_plan(config(*settings, "transfer.text.path=./gone.txt"), Run(tmp_path / "r"))
+
+
 def test_absent_sections_are_absent_from_the_plan(tmp_path: Path) -> None:
-    absent = ("base=null", "dpo=null", "geometry=null", "inversion=null", "report=null")
+    left_out = ("base", "dpo", "template", "geometry", "inversion", "transfer", "report")
+    absent = [f"{name}=null" for name in left_out]
     pair = config(*absent, "models.base=a/b", "models.tuned=a/c")
-    names = [step.stage.name for step in make_plan(pair, Run(tmp_path))]
-    assert names == ["data", "activations", "vector", "cosine", "spectrum", "interpolation"]
+    found = [step.stage.name for step in make_plan(pair, Run(tmp_path))]
+    assert found == ["data", "activations", "vector", "cosine", "spectrum", "interpolation"]
+
+
+def test_template_alone_vouches_for_both_models(tmp_path: Path, stages: Stages) -> None:
+    yaml = "name: demo\ndata: {sources: [{format: synthetic}]}\ntemplate:\n"
+    files = {key: tmp_path / key for key in ("base", "tuned", "tokenizer")}
+    for path in files.values():
+        path.mkdir()
+        (path / "config.json").write_text("one")
+    settings = read_pipeline(yaml, [f"models.{key}={path}" for key, path in files.items()])
+    run_pipeline(settings, yaml, tmp_path / "r", reporter=SILENT)
+    for path in files.values():
+        (path / "config.json").write_text("two")
+        steps = make_plan(settings, Run(tmp_path / "r"))
+        assert [s.stage.name for s in steps if s.action != "skip"] == ["template"]
+        (path / "config.json").write_text("one")
 
 
 def test_another_pipelines_folder_is_refused(tmp_path: Path, stages: Stages) -> None:

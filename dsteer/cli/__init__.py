@@ -11,7 +11,9 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from dsteer.cli.doctor import doctor
 from dsteer.errors import ConfigError, DsteerError
+from dsteer.parallel import ALONE, join
 
 app = typer.Typer(
     name="dsteer",
@@ -49,17 +51,18 @@ def main() -> None:
 def _friendly(command: Command) -> Command:
     """Turn a user's mistake into one line and exit code 2, and Ctrl-C into a word on going on.
 
-    Adds the option ``--debug``, which shows the traceback instead.
+    Of several processes one speaks. Adds the option ``--debug``, which shows the traceback instead.
     """
 
     @functools.wraps(command)
     def wrapped(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         try:
+            join()
             command(*args, **kwargs)
         except DsteerError as error:
             if debug:
                 raise
-            print(f"dsteer: {error}", file=sys.stderr)  # noqa: T201
+            _complain(error, str(error))
             raise typer.Exit(2) from None
         except OSError as error:
             from dsteer.pipeline import storage_trouble
@@ -67,14 +70,15 @@ def _friendly(command: Command) -> Command:
             trouble = storage_trouble(error, Path())
             if debug or trouble is None:
                 raise
-            print(f"dsteer: {trouble}", file=sys.stderr)  # noqa: T201
+            _complain(error, trouble)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            print(  # noqa: T201
-                "\ndsteer: interrupted; nothing that was complete is lost, and the same command "
-                "goes on from here (without --force, which starts over)",
-                file=sys.stderr,
-            )
+            if join().main:
+                print(  # noqa: T201
+                    "\ndsteer: interrupted; nothing that was complete is lost, and the same "
+                    "command goes on from here (without --force, which starts over)",
+                    file=sys.stderr,
+                )
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise typer.Exit(0) from None
@@ -92,8 +96,19 @@ def _friendly(command: Command) -> Command:
     return wrapped  # type: ignore[return-value]
 
 
+def _complain(error: Exception, text: str) -> None:
+    try:
+        ranks = join()
+    except ConfigError:  # the processes never met
+        ranks = ALONE
+    if ranks.may_speak(error):
+        who = "dsteer" if ranks.main else f"dsteer, process {ranks.rank}"
+        print(f"{who}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
 def _say(text: str = "") -> None:
-    print(text)  # noqa: T201
+    if join().main:
+        print(text)  # noqa: T201
 
 
 def _read(pipeline: str, overrides: list[str] | None) -> tuple[Any, str]:
@@ -126,12 +141,36 @@ def run(
     ] = False,
 ) -> None:
     """Run a pipeline: what is identical is skipped, what was cut off goes on."""
+    config, text = _read(pipeline, overrides)
+    _run(
+        config,
+        text,
+        _folder(out, config.name),
+        overrides=overrides,
+        until=until,
+        only=only,
+        force=force,
+        quiet=quiet,
+    )
+
+
+def _run(
+    config: Any,
+    text: str,
+    folder: Path,
+    *,
+    overrides: list[str] | None = None,
+    until: str | None = None,
+    only: str | None = None,
+    force: str | None = None,
+    quiet: bool = False,
+) -> None:
+    """Run a pipeline or a study, and print what came out."""
     from dsteer.pipeline import run_pipeline
     from dsteer.progress import Reporter
+    from dsteer.study import run_study
 
-    config, text = _read(pipeline, overrides)
-    folder = _folder(out, config.name)
-    summary = run_pipeline(
+    summary = (run_study if config.variants else run_pipeline)(
         config,
         text,
         folder,
@@ -141,7 +180,8 @@ def run(
         force=force,
         reporter=Reporter("quiet" if quiet else "auto"),
     )
-    _print_summary(summary, folder)
+    if join().main:
+        _print_summary(summary, folder)
 
 
 @app.command()
@@ -157,30 +197,39 @@ def plan(
     """Show what `run` would do, without loading a model."""
     from dsteer.pipeline import make_plan
     from dsteer.store import Run
+    from dsteer.study import plan_study
 
     config, _ = _read(pipeline, overrides)
     folder = _folder(out, config.name)
-    steps = make_plan(config, Run(folder), until=until, only=only, force=force)
+    if config.variants:
+        plans = plan_study(config, folder, until=until, only=only, force=force)
+    else:
+        plans = {"": make_plan(config, Run(folder), until=until, only=only, force=force)}
     _say(f"{config.name} → {folder}")
-    for step in steps:
-        _say(f"  {step.stage.name:12} {step.action:7} {step.why}")
-        for key, identity in step.identity["inputs"].items():
-            known = identity or "not at hand yet: will be asked of the hub"
-            _say(f"  {'':12} {'':7} {key}: {known}")
+    for variant, steps in plans.items():
+        if variant:
+            _say(f" {variant}")
+        for step in steps:
+            _say(f"  {step.stage.name:12} {step.action:7} {step.why}")
+            for key, identity in step.identity["inputs"].items():
+                known = identity or "not at hand yet: will be asked of the hub"
+                _say(f"  {'':12} {'':7} {key}: {known}")
 
 
 @app.command()
 @_friendly
 def validate(pipeline: PipelineArgument, overrides: OverridesArgument = None) -> None:
     """Check a pipeline: every mistake at once, by dotted path."""
+    from dsteer.config import variants_of
     from dsteer.pipeline import outside_inputs
     from dsteer.stages import planned
 
     config, _ = _read(pipeline, overrides)
-    stages = planned(config)
-    for stage in stages:
-        outside_inputs(stage.name, config)
-    _say(f"{config.name}: valid; stages: {' → '.join(stage.name for stage in stages)}")
+    for one in variants_of(config).values() if config.variants else (config,):
+        stages = planned(one)
+        for stage in stages:
+            outside_inputs(stage.name, one)
+        _say(f"{one.name}: valid; stages: {' → '.join(stage.name for stage in stages)}")
 
 
 @app.command()
@@ -193,15 +242,22 @@ def report(
     from dsteer.store import Run
 
     found = Run(_find_run(run_folder))
+    from dsteer.report.comparison_html import write_comparison_report
     from dsteer.report.figures import draw
     from dsteer.report.html import write_report
 
-    with found.lock():
-        for stage in STAGES:
-            if found.stage(stage.name).record() is not None:
-                draw(stage.name, found.path / stage.name)
-        config = (found.manifest() or {}).get("config") or {}
-        path = write_report(found.path, title=(config.get("report") or {}).get("title"))
+    manifest = found.manifest() or {}
+    parts = [Run(found.path / "variants" / name) for name in manifest.get("variants") or {}]
+    for part in (*parts, found):
+        if part is not found and not any(part.stage(s.name).record() for s in STAGES):
+            continue  # a variant that never ran
+        with part.lock():
+            for stage in (*(stage.name for stage in STAGES), "comparison"):
+                if part.stage(stage).record() is not None:
+                    draw(stage, part.path / stage)
+            config = (part.manifest() or {}).get("config") or {}
+            write = write_comparison_report if part is found and parts else write_report
+            path = write(part.path, title=(config.get("report") or {}).get("title"))
     _say(str(path))
 
 
@@ -232,7 +288,13 @@ def list_runs(
         found = Run(path)
         done = [s.name for s in STAGES if found.stage(s.name).record() is not None]
         summary_path = path / "summary.json"
-        stages = read_json(summary_path)["stages"] if summary_path.is_file() else {}
+        summary = read_json(summary_path) if summary_path.is_file() else {}
+        stages = summary.get("stages", {})
+        if found.stage("comparison").record() is not None or "variants" in summary:
+            told = summary.get("variants") or (found.manifest() or {}).get("variants") or {}
+            names = [f"{v} (failed)" if "failed" in (s or {}) else v for v, s in told.items()]
+            _say(f"{path.name:24} study of {', '.join(names)}")
+            continue
         cosine = stages.get("cosine", {})
         site, value = cosine.get("chosen_site"), cosine.get("held_out_cosine")
         shown = f"held-out cosine {value:.3f} at {site}" if value is not None else ""
@@ -252,9 +314,11 @@ def pipelines(
     if name is not None:
         _say(find_pipeline(name).read_text(encoding="utf-8").rstrip())
         return
-    for shipped, path in shipped_pipelines().items():
+    found = shipped_pipelines()
+    width = max(map(len, found))
+    for shipped, path in found.items():
         config = read_pipeline(path.read_text(encoding="utf-8"), origin=path.name)
-        _say(f"{shipped:18} {config.description}")
+        _say(f"{shipped:{width}} {config.description}")
 
 
 @app.command()
@@ -265,6 +329,9 @@ def schema() -> None:
     from dsteer.store import to_json
 
     _say(to_json(json_schema()).rstrip())
+
+
+app.command()(_friendly(doctor))
 
 
 @app.callback(invoke_without_command=True)
@@ -280,6 +347,17 @@ def _root(
 
 def _print_summary(summary: dict[str, Any], folder: Path) -> None:
     _say(f"{summary['run']} → {folder}")
+    for variant, stages in summary.get("variants", {}).items():
+        cosine, vector = stages.get("cosine", {}), stages.get("vector", {})
+        told = {
+            "failed": stages.get("failed"),
+            "held-out cosine": cosine.get("held_out_cosine"),
+            "at": cosine.get("chosen_site"),
+            "relative norm": vector.get("relative_norm"),
+            "KL recovered": vector.get("kl_recovered"),
+        }
+        words = ", ".join(f"{key} {_short(v)}" for key, v in told.items() if v is not None)
+        _say(f"  {variant:24} {words}")
     for stage, headline in summary["stages"].items():
         shown = ", ".join(f"{key} {_short(value)}" for key, value in headline.items())
         _say(f"  {stage:12} {shown}")
@@ -287,7 +365,8 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
         _say("Notes")
         for note in summary["notes"]:
             _say(f"  {note['stage']}: {note['text']}")
-    if (folder / "report.html").is_file() and "report" in summary["stages"]:
+    reported = summary["stages"].keys() & {"report", "comparison"}
+    if (folder / "report.html").is_file() and reported:
         _say(f"Report: {folder / 'report.html'}")
 
 
@@ -297,3 +376,7 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
+
+
+from dsteer.cli import compare as _compare  # noqa: E402, F401
+from dsteer.cli import transfer as _transfer  # noqa: E402, F401
