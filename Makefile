@@ -46,6 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/spectrum.py
 	$(BIN)/python benchmarks/extraction.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/moments.py
 
 wheel-check:
 	bash .ci/wheel
