@@ -536,5 +536,7 @@ def _explained(path: str | Path, revision: str | None) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.endswith(":")] or lines  # a heading says nothing
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+    if not lines:
+        return type(error).__name__
+    told = 2 if lines[0].endswith(":") else 1  # a heading alone says nothing
+    return " ".join(lines[:told]).rstrip(".,")
