@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dsteer.report.tables import Column, Table
 from dsteer.report.values import (
     FINAL_NORM,
@@ -35,6 +37,8 @@ _REACHED = {
 }
 
 
+ROUNDING = "within rounding"
+
 WHY = {
     "zero": "there is no displacement",
     "rounding": "the displacement is within rounding",
@@ -63,10 +67,10 @@ def four_way_sentences(result: Json, sites: list[str]) -> list[str]:
             continue
         moved = [_moved(parts, f"training_{form}") for form in ("raw", "templated")]
         said.append(
-            f"At {site}, {_percent(at(parts, 'template_base', 'share'))} of the displacement "
+            f"At {site}, {_share(parts, 'template_base')} of the displacement "
             "between the base on raw text and the tuned model in its template is the template, "
-            f"{_percent(at(parts, 'training_raw', 'share'))} the training, and "
-            f"{_percent(at(parts, 'interaction', 'share'))} their interaction. Training moves raw "
+            f"{_share(parts, 'training_raw')} the training, and "
+            f"{_share(parts, 'interaction')} their interaction. Training moves raw "
             f"text by {moved[0]} and text in the template by {moved[1]}"
             + (
                 f", at a cosine of {interval(cosine)}."
@@ -106,6 +110,13 @@ def _moved(parts: Json, part: str) -> str:
     return f"{number(length)} mean lengths of the base's states"
 
 
+def _share(parts: Json, part: str) -> str:
+    """A share in per cent; rounding is no number."""
+    if within_rounding(at(parts, part)):
+        return "0\u00a0% (within rounding)"
+    return _percent(at(parts, part, "share"))
+
+
 def _percent(value: Json) -> str:
     middle, low, high = estimate(value)
     if low is None or high is None:
@@ -117,6 +128,17 @@ def _cells(row: Json, *paths: tuple[str, ...]) -> list[str]:
     """Numbers with intervals; ``undefined`` where one is not defined."""
     found = [at(row, *path) for path in paths]
     return [UNDEFINED if point(value) is None else interval(value) for value in found]
+
+
+def _parts(row: Json, key: str, parts: Sequence[str]) -> list[str]:
+    """Numbers of some parts with intervals; words for one that is undefined or rounding."""
+    return [
+        ROUNDING
+        if point(at(row, "parts", part, key)) is not None
+        and within_rounding(at(row, "parts", part))
+        else _cells(row, ("parts", part, key))[0]
+        for part in parts
+    ]
 
 
 def _rows(result: Json) -> list[tuple[str, Json]]:
@@ -171,8 +193,8 @@ def _shares(result: Json) -> Table:
         f"({_n(result)}). Shares are projections of a part's mean vector on the total's. Products "
         "of means, G(P, Q), are averages of ⟨Pᵢ, Qⱼ⟩ over pairs of different conversations, so the "
         "prompts' scatter adds nothing to them. Undefined: no displacement, one within rounding, "
-        "or G(total, total) not positive. Brackets: jackknife over conversations; of energies, "
-        "bootstrap.",
+        "or G(total, total) not positive. Within rounding: the mean part is. Brackets: jackknife "
+        "over conversations; of energies, bootstrap.",
         [
             _SITE,
             Column("training T_raw", "G(T_raw, total) / G(total, total), with T_raw = h_tuned − "
@@ -191,11 +213,8 @@ def _shares(result: Json) -> Table:
         [
             [
                 site,
-                *_cells(
-                    row,
-                    *(("parts", part, "share") for part in shares),
-                    *(("parts", part, "energy") for part in shares[:3]),
-                ),
+                *_parts(row, "share", shares),
+                *_parts(row, "energy", shares[:3]),
             ]
             for site, row in _rows(result)
         ],
@@ -230,12 +249,7 @@ def _norms(result: Json) -> Table:
             [
                 site,
                 number(point(at(row, "base_norm"))),
-                *(
-                    "within rounding"
-                    if within_rounding(at(row, "parts", part))
-                    else _cells(row, ("parts", part, "relative_norm"))[0]
-                    for part in parts
-                ),
+                *_parts(row, "relative_norm", list(parts)),
                 *_cells(
                     row,
                     *(

@@ -136,7 +136,10 @@ def test_a_norm_within_rounding_is_no_number(tmp_path: Path) -> None:
     found = drawn(result, tmp_path)
     assert found["sites"]["resid_post.1"]["relative_norms"]["interaction"]["value"] is None
     assert "Within rounding, so without a norm: interaction at resid_post.1." in found["caption"]
-    assert four_way_tables(result)[2].rows[1][7] == "within rounding"
+    _, shares, norms, *_ = four_way_tables(result)
+    assert norms.rows[1][7] == shares.rows[1][3] == shares.rows[1][8] == "within rounding"
+    said = four_way_sentences(result, ["resid_post.1"])[0]
+    assert "0\u00a0% (within rounding) their interaction" in said
     result["sites"]["resid_post.1"]["parts"]["training_raw"]["within_rounding"] = True
     assert (
         "moves raw text by nothing above rounding"
