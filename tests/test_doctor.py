@@ -252,7 +252,7 @@ def rwkv(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: [str(folder / "gone")], "gone: the model can't be loaded"),
+        (lambda folder: [str(folder / "gone")], "gone: no such file or folder"),
         (no_config, "is a folder without config.json, so it holds no model"),
         (broken_config, "the model can't be loaded"),
         (encoder, "is a bert model, an encoder, whose tokens see those behind them"),
