@@ -184,38 +184,39 @@ def _lead(
 
 def share(variant: Variant, done: Sequence[Variant], force: str | None = None) -> None:
     """Take from finished variants what this one would do alike, and offer it the base's states."""
-    others = {other.name: (other, identify_stages(other.config)) for other in done}
     for name, identity in identify_stages(variant.config).items():
         fingerprint = hash_json(identity)
         own = variant.run.stage(name)
         if name == force or own.state(fingerprint) in {"complete", "partial"}:
             continue
-        for other, identities in others.values():
-            theirs = identities.get(name)
-            if theirs is None or other.run.stage(name).state(hash_json(theirs)) != "complete":
+        for other in done:
+            folder = other.run.stage(name)
+            record = folder.record()
+            if record is None or folder.state(record["fingerprint"]) != "complete":
                 continue
-            if theirs == identity:
+            if record["fingerprint"] == fingerprint:
                 own.clear()
-                _take_over(other.run.stage(name), own)
+                _take_over(folder, own)
                 break
-            if name == "activations" and _of_base(theirs) == _of_base(identity):
+            if name == "activations" and _of_base(record["identity"]) == _of_base(identity):
                 _offer_states(other, own, fingerprint)
                 break
 
 
-def _of_base(identity: Mapping[str, Json]) -> Json:
-    """What a reading's identity says but for the tuned model."""
+def _of_base(identity: Mapping[str, Json]) -> str:
+    """A hash of what a reading's identity says but for the tuned model."""
     models = {
         key: value
         for key, value in identity["config"]["models"].items()
         if not key.startswith("tuned")
     }
-    return {
+    rest = {
         **identity,
         "config": {**identity["config"], "models": models},
         "inputs": {k: v for k, v in identity["inputs"].items() if "tuned" not in k},
         "upstream": {k: v for k, v in identity["upstream"].items() if k != "dpo"},
     }
+    return hash_json(rest)
 
 
 def _take_over(other: StageFolder, own: StageFolder) -> None:

@@ -35,6 +35,7 @@ from dsteer.behaviour.teacher_forced import (
     Scores,
     own_likelihoods,
     predictions,
+    preference_match,
     score,
 )
 from dsteer.behaviour.truthfulqa import multiple_choice, read_questions
@@ -45,6 +46,7 @@ from dsteer.data.tokens import Encoded, encode
 from dsteer.data.types import PreferencePair
 from dsteer.errors import DataError, MeasurementError
 from dsteer.geometry.alignment import cosine_to
+from dsteer.geometry.logits import NOTHING
 from dsteer.models.load import Model
 from dsteer.models.pair import ModelPair, Which
 from dsteer.models.readout import Readout
@@ -67,12 +69,6 @@ SHAM_TEXTS = 8
 
 POSITIONS: tuple[Positions, ...] = ("all", "prompt_last", "generated")
 """The positions among which ``auto`` chooses, with the site."""
-
-TIE = 1e-6
-"""Margins that are no larger are rounding: a tie."""
-
-NOTHING = 1e-8
-"""A KL in nats a token that is no larger is nothing to recover."""
 
 
 @dataclass(frozen=True)
@@ -981,7 +977,7 @@ def _rewards(
     """Margins of the implicit reward (arms, pairs), and whether they are above 0 (a tie: ½)."""
     rewards = beta * (likelihoods - reference)
     margins = rewards[:, : answers.pairs] - rewards[:, answers.pairs :]
-    match = torch.where(margins.abs() < TIE, 0.5, (margins > 0).double())
+    match = preference_match(margins)
     return {"reward_margin": margins, "preference_match": match}
 
 

@@ -19,6 +19,14 @@ from dsteer.steering.arms import Steering, steered_states
 LOGIT_BYTES = 2**26
 """Memory that one chunk of float32 logits may take."""
 
+TIE = 1e-6
+"""Margins that are no larger are rounding: a tie."""
+
+
+def preference_match(margins: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """1 where a margin prefers the chosen answer, 0 where the rejected one, ½ at a tie; float64."""
+    return torch.where(margins.abs() < TIE, 0.5, (margins > 0).double())
+
 
 @dataclass(frozen=True)
 class Predictions:

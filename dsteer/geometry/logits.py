@@ -25,6 +25,9 @@ from dsteer.geometry.intervals import (
 Readout = Callable[[Tensor], Tensor]
 """final_norm states (n, d), float32 → logits (n, V), on whatever device the head is."""
 
+NOTHING = 1e-8
+"""A KL in nats a token that is no larger is nothing to recover."""
+
 _LARGEST_EXPONENT = 600.0
 """e^±600 neither overflows nor, times a probability that matters, vanishes in float64."""
 

@@ -19,14 +19,13 @@ from torch import Tensor
 from dsteer.activations.reading import NoiseFloor, Reading, noise_floor
 from dsteer.activations.sites import FINAL_NORM
 from dsteer.activations.storage import States
-from dsteer.behaviour.dial import NOTHING
 from dsteer.config import TemplateConfig
 from dsteer.data.forms import FORMS, BothForms, both_forms
 from dsteer.data.jsonl import read_pairs
 from dsteer.data.tokens import Encoded, Tokenizer, has_template, hash_ids
 from dsteer.errors import DataError, ModelError
 from dsteer.geometry.intervals import Interval
-from dsteer.geometry.logits import noise_kl
+from dsteer.geometry.logits import NOTHING, noise_kl
 from dsteer.geometry.template import (
     CELLS,
     COSINES,

@@ -9,19 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dsteer.behaviour.teacher_forced import Scores
+from dsteer.behaviour.teacher_forced import Scores, preference_match
 from dsteer.data.tokens import Encoded, encode
 from dsteer.data.types import PreferencePair
 from dsteer.errors import DataError
+from dsteer.geometry.logits import NOTHING
 from dsteer.models.pair import ModelPair
 from dsteer.steering.arms import Steering
 from dsteer.steering.decode import Decoding, decode
-
-TIE = 1e-6
-"""Margins that are no larger are rounding: a tie."""
-
-NOTHING = 1e-8
-"""A KL in nats a token that is no larger is nothing to recover."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +147,7 @@ def effects(scores: Scores, answers: Answers, beta: float) -> dict[str, Effects 
     if len(answers.texts) == 2 * answers.pairs:
         change = scores.log_likelihood[1:] - scores.log_likelihood[0]
         margins = beta * (change[:, : answers.pairs] - change[:, answers.pairs :])
-        match = torch.where(margins.abs() < TIE, 0.5, (margins > 0).double())
+        match = preference_match(margins)
         ones = torch.ones(answers.pairs, dtype=torch.float64)
         found["reward_margin"] = Effects(margins, ones)
         found["reward_accuracy"] = Effects(match - 0.5, ones)
