@@ -17,10 +17,11 @@ help:
 	@echo "make bench        benchmarks/, printed as tables"
 	@echo "make wheel-check  build the wheel, install it in a clean venv, run it"
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt peers.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"dsteer needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -r peers.txt
 	@touch $@
 
 demo: $(STAMP)
@@ -46,6 +47,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/spectrum.py
 	$(BIN)/python benchmarks/extraction.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/guidance.py
 	$(BIN)/python benchmarks/moments.py
 
 wheel-check:

@@ -12,7 +12,7 @@ methods read the last prompt token at every block and at the final norm, of the 
 - *(a) one at a time*: a hook on each block and on the final norm, one call of the model a prompt;
 - *(b) hidden_states*: ``output_hidden_states=True``, 16 prompts padded together, with a mask;
 - *(c) steering-vectors*: ``extract_activations`` of that package, 1 and 16 pairs a batch, if it is
-  installed (``pip install 'dsteer[bench]'``); it reads no final norm;
+  installed (``peers.txt``); it reads no final norm;
 - *(d) limit*: the linear layers of the blocks alone, at their fastest batch shape, without padding.
 
 Methods take turns, so that a change of the machine's pace hits all; medians are printed. Memory is

@@ -105,7 +105,7 @@ def read_json(path: Path) -> Json:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(f"{path}: no such file; run the stage that writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StoreError(f"{path}: not JSON ({error}); delete it and run again") from None
 
 
@@ -120,10 +120,10 @@ def write_tensors(
     text = {key: json.dumps(_plain(item)) for key, item in (metadata or {}).items()}
     with atomic_path(path) as temporary:
         save_file(packed, temporary, metadata=text or None)
-        _sort_metadata(temporary)
+        sort_metadata(temporary)
 
 
-def _sort_metadata(path: Path) -> None:
+def sort_metadata(path: Path) -> None:
     """Put a safetensors file's metadata in order, in place: the library writes it in any order."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -164,7 +164,7 @@ def read_metadata(path: Path) -> dict[str, Json]:
     for key, text in raw.items():
         try:
             decoded[key] = json.loads(text)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             decoded[key] = text  # written by another program
     return decoded
 

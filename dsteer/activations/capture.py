@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dsteer.activations.inputs import Inputs
-from dsteer.activations.sites import ENCODER, block_of
+from dsteer.activations.sites import ATTENTION, ENCODER, block_of, component_of
 from dsteer.errors import ModelError
 from dsteer.models.anatomy import Anatomy
 
@@ -51,8 +51,11 @@ def site_module(anatomy: Anatomy, site: str) -> nn.Module:
 
     Raises:
         ConfigError: the name is no site.
+        ModelError: a site inside a block that has no such part.
     """
-    block = block_of(site)
+    block, component = block_of(site), component_of(site)
+    if block is not None and component is not None:
+        return anatomy.component(block, "attention" if component == ATTENTION else "mlp")
     if block is not None:
         return anatomy.blocks[block]
     if site == ENCODER and anatomy.encoder is not None:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,7 +34,6 @@ from dsteer.errors import DataError, MeasurementError, ModelError
 from dsteer.models.adapters import weights_in_use
 from dsteer.models.anatomy import Anatomy, evaluating, text_config
 from dsteer.models.load import Model, quiet
-from dsteer.models.pair import ModelPair, Which
 from dsteer.models.placement import is_dispatched, present
 from dsteer.parallel import ALONE, Ranks
 from dsteer.progress import SILENT, Advance, Reporter
@@ -46,6 +46,22 @@ _PADDING_ERROR_LOW_PRECISION = 5e-2
 _PROBE_TOKENS = 16
 
 _MOST_WORKERS = 8  # more would wait for Python's lock
+
+
+@runtime_checkable
+class Shape(Protocol):
+    """What is known of the models that read: a :class:`dsteer.ModelPair`, or one model's."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def n_blocks(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def max_positions(self) -> int | None: ...
+    @property
+    def encoder_decoder(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,7 @@ class Reading:
     @classmethod
     def of(
         cls,
-        pair: ModelPair,
+        pair: Shape,
         encoded: Sequence[Encoded],
         *,
         sites: str | Sequence[str] = "all",
@@ -135,7 +151,7 @@ class Reading:
     def run(
         self,
         model: Model,
-        which: Which,
+        which: str,
         path: Path | None = None,
         reporter: Reporter = SILENT,
         ranks: Ranks = ALONE,
@@ -192,7 +208,7 @@ class Reading:
     def read(
         self,
         model: Model,
-        which: Which,
+        which: str,
         batches: Sequence[Batch],
         advance: Advance,
         *,
@@ -231,7 +247,7 @@ class Reading:
         self,
         model: Model,
         anatomy: Anatomy,
-        which: Which,
+        which: str,
         batches: Sequence[Batch],
         numbers: Sequence[int],
         sink: MemorySink | FileSink,
@@ -463,7 +479,7 @@ def require_agreement(plan: str, what: str, ranks: Ranks) -> None:
             )
 
 
-def _require_finite(states: Mapping[str, Tensor], which: Which, dtype: torch.dtype) -> None:
+def _require_finite(states: Mapping[str, Tensor], which: str, dtype: torch.dtype) -> None:
     for site, tensor in states.items():
         if not bool(torch.isfinite(tensor).all()):
             used = str(dtype).removeprefix("torch.")

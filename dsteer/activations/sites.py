@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -26,7 +27,12 @@ last token, of prompt or answer."""
 MEANS = frozenset({"prompt_mean", "response_mean"})
 RESPONSES = frozenset({"response_last", "response_mean", "response_predictors"})
 
-_BLOCK = re.compile(r"resid_post\.(0|[1-9]\d*)")
+ATTENTION, MLP = "attn_out", "mlp_out"
+COMPONENTS = (ATTENTION, MLP)
+"""What the attention and the MLP of a block return, before a norm that may follow them there and
+before they are added to the residual stream."""
+
+_BLOCK = re.compile(r"(resid_post|attn_out|mlp_out)\.(0|[1-9]\d*)")
 
 
 def resid_post(block: int) -> str:
@@ -35,7 +41,7 @@ def resid_post(block: int) -> str:
 
 
 def all_sites(n_blocks: int, *, encoder: bool = False) -> tuple[str, ...]:
-    """Every site of a model of L blocks: resid_post.0 … resid_post.{L-1}, final_norm.
+    """The sites of the residual stream of L blocks: resid_post.0 … resid_post.{L-1}, final_norm.
 
     Where the model has an encoder, it comes first.
     """
@@ -44,7 +50,7 @@ def all_sites(n_blocks: int, *, encoder: bool = False) -> tuple[str, ...]:
 
 
 def block_of(site: str) -> int | None:
-    """The block whose output a site is; None for final_norm and encoder.
+    """The block whose output a site is, or in which it lies; None for final_norm and encoder.
 
     Raises:
         ConfigError: the name is no site.
@@ -54,10 +60,24 @@ def block_of(site: str) -> int | None:
     match = _BLOCK.fullmatch(site)
     if match is None:
         raise ConfigError(
-            f"site {site!r}: no such site; expected resid_post.K (K from 0), final_norm or, "
-            "of an encoder-decoder model, encoder"
+            f"site {site!r}: no such site; expected resid_post.K, attn_out.K, mlp_out.K (K from "
+            "0), final_norm or, of an encoder-decoder model, encoder"
         )
-    return int(match[1])
+    return int(match[2])
+
+
+def component_of(site: str) -> str | None:
+    """``attn_out`` or ``mlp_out`` of a site inside a block; None of the residual stream's."""
+    kind = site.partition(".")[0]
+    return kind if kind in COMPONENTS else None
+
+
+def site_order(site: str) -> tuple[bool, int, int]:
+    """The key that sorts sites as a pass reaches them."""
+    if site == ENCODER:
+        return (False, -1, 0)
+    block, kinds = block_of(site), (*COMPONENTS, "resid_post")
+    return (True, 0, 0) if block is None else (False, block, kinds.index(site.partition(".")[0]))
 
 
 def resolve_sites(
@@ -65,17 +85,22 @@ def resolve_sites(
 ) -> tuple[str, ...]:
     """Turn ``all``, one name or several into sites of a model, in the model's order, each once.
 
+    ``all`` is the residual stream. ``resid_post``, ``attn_out`` and ``mlp_out`` are those sites of
+    every block.
+
     Raises:
         ConfigError: a name is no site of a model of ``n_blocks`` blocks, with an encoder or
             without, or none is given.
     """
-    known = all_sites(n_blocks, encoder=encoder)
     if sites == "all":
-        return known
-    wanted = {sites} if isinstance(sites, str) else set(sites)
+        return all_sites(n_blocks, encoder=encoder)
+    kinds = {kind: [f"{kind}.{k}" for k in range(n_blocks)] for kind in ("resid_post", *COMPONENTS)}
+    named = [sites] if isinstance(sites, str) else list(sites)
+    wanted = {site for name in named for site in kinds.get(name, [name])}
     if not wanted:
         raise ConfigError("sites is empty; expected 'all' or at least one site")
-    for site in sorted(wanted - set(known)):
+    known = {*all_sites(n_blocks, encoder=encoder), *itertools.chain(*kinds.values())}
+    for site in sorted(wanted - known):
         block = block_of(site)
         if site == ENCODER:
             raise ConfigError(
@@ -86,7 +111,7 @@ def resolve_sites(
             f"site {site!r}: the model has {n_blocks} blocks, so the last is "
             f"{resid_post(n_blocks - 1)!r} (got block {block})"
         )
-    return tuple(site for site in known if site in wanted)
+    return tuple(sorted(wanted, key=site_order))
 
 
 def sites_of_stacks(

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dsteer.activations.sites import site_order
 from dsteer.errors import StoreError
 from dsteer.parallel import ALONE, Ranks
 from dsteer.store import Json, atomic_path, read_metadata
@@ -64,7 +65,7 @@ class States(Mapping[str, Tensor]):
         stamp = _stamp(path)
         try:
             with safe_open(path, framework="pt") as file:
-                sites = sorted(file.keys(), key=_site_order)
+                sites = sorted(file.keys(), key=site_order)
                 rows = file.get_slice(sites[0]).get_shape()[0]
         except FileNotFoundError:
             raise StoreError(f"{path}: no such file; run the stage that writes it") from None
@@ -105,11 +106,6 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_ino, status.st_mtime_ns
-
-
-def _site_order(site: str) -> tuple[bool, int]:
-    head, _, block = site.partition(".")
-    return head != "resid_post", int(block or 0)
 
 
 class MemorySink:

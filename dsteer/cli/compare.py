@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dsteer.cli import OutOption, UntilOption, _folder, _friendly, _run, _say, app
+from dsteer.cli.models import DeviceOption, DtypeOption, dtype_for
 from dsteer.errors import ConfigError
 
 DataOption = Annotated[
@@ -28,11 +29,6 @@ FormatOption = Annotated[
 LimitOption = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Use only the first rows.")
 ]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(metavar="DTYPE", help="Of the weights; default: bfloat16, on a CPU float32."),
-]
-DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, mps …")]
 NameOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Of the run; default: from the models.")
 ]
@@ -113,10 +109,3 @@ def go(
         check_folder(config, folder)
     _run(config, text, folder, until=until, quiet=quiet)
     _say(f"Pipeline: {folder / 'pipeline.yaml'}")
-
-
-def dtype_for(device: str) -> str:
-    """What weights are read in where nothing is said."""
-    from dsteer.models.load import resolve_device
-
-    return "float32" if resolve_device(device).type == "cpu" else "bfloat16"

@@ -9,16 +9,14 @@ import typer
 from dsteer.cli import OutOption, UntilOption, _friendly, app
 from dsteer.cli.compare import (
     DataOption,
-    DeviceOption,
-    DtypeOption,
     FormatOption,
     LimitOption,
     NameOption,
     QuietOption,
     YamlOption,
-    dtype_for,
     go,
 )
+from dsteer.cli.models import DeviceOption, DtypeOption, dtype_for
 
 
 @app.command()

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -63,6 +64,25 @@ class Interval:
     def json(self) -> dict[str, float | int | None]:
         """``{"value", "low", "high", "n"}``."""
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+
+# ---------------------------------------------------------------------------------- shares
+
+
+def wilson(successes: float | int, n: int, effective_n: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a share: it stays honest at 0 and 1, where a bootstrap collapses.
+
+    Args:
+        successes: how many of n; a tie may count as ½.
+        n: trials.
+        effective_n: independent trials (conversations), from which the width comes.
+        confidence: coverage asked for.
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    p, m = successes / n, effective_n
+    centre = (p + z * z / (2 * m)) / (1 + z * z / m)
+    half = z / (1 + z * z / m) * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
 # ---------------------------------------------------------------------------------- means

@@ -65,9 +65,9 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).clamp_min(0.0)
 
 
-def _double(logits: Tensor) -> Tensor:
-    """Logits in float64, on their own device where it has float64."""
-    return (logits.cpu() if logits.device.type == "mps" else logits).double()
+def float64(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Values in float64, on their own device where it has float64, else on the CPU."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class _Rows:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """KL(p_tuned‖p_λ) (n, strengths), top-1 agreement (strengths,), KL(p_tuned‖p_base) (n,)."""
         v = torch.from_numpy(self.vector)
-        ends = _double(self.base_readout(torch.stack([torch.zeros_like(v), v]).float()))
+        ends = float64(self.base_readout(torch.stack([torch.zeros_like(v), v]).float()))
         push = ends[1] - ends[0]
         scale = torch.from_numpy(strengths).to(push.device)
         exponents = scale * push[:, None]
@@ -239,7 +239,7 @@ class _Rows:
             states = torch.from_numpy(self.base[start:stop])
             target = self.tuned_readout(torch.from_numpy(self.tuned[start:stop]).float())
             logits = self.base_readout(states.float())
-            log_p, log_q = _double(target).log_softmax(-1), _double(logits).log_softmax(-1)
+            log_p, log_q = float64(target).log_softmax(-1), float64(logits).log_softmax(-1)
             first = _kl(log_p, log_q)
             origin[start:stop] = first.cpu().numpy()
             top = target.argmax(-1)
@@ -257,7 +257,7 @@ class _Rows:
                     steered = self.base_readout((states + strength * v).float())
                 same[column] += int((steered.argmax(-1) == top).sum())
                 if not by_product:
-                    beside = _kl(log_p, _double(steered).log_softmax(-1))
+                    beside = _kl(log_p, float64(steered).log_softmax(-1))
                     kl[start:stop, column] = beside.cpu().numpy()
         return kl, same / len(self.base), origin
 

@@ -28,6 +28,7 @@ from jaxtyping import Float
 from scipy.linalg import blas, eigh_tridiagonal, lapack
 from torch import Tensor
 
+from dsteer.errors import MeasurementError
 from dsteer.geometry.displacement import as_matrix
 from dsteer.geometry.moments import Moments
 
@@ -151,6 +152,40 @@ def spectra(
     """
     uncentred, centred = _measure(*_parts(delta), (False, True))
     return uncentred, centred
+
+
+def principal(
+    delta: Float[Tensor, "n d"] | Float[np.ndarray, "n d"], k: int, *, centred: bool = False
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "k d"]]:
+    """The k largest singular values of N states and their right singular vectors, by a full SVD.
+
+    Signs are those of :attr:`Spectrum.first_right`: the mean projection of the states is not
+    negative; of centred ones, whose projections average to zero, the largest entry is positive.
+
+    Returns:
+        (σ, V): descending, and one unit vector a row; a row of zeros where σ is rounding alone.
+
+    Raises:
+        MeasurementError: ``delta`` is not (n, d), or not finite; k is not within 1 … min(N, d).
+    """
+    rows, mean, rest = _parts(delta)
+    if not 1 <= k <= min(rows.shape):
+        raise MeasurementError(
+            f"{k} principal directions of {rows.shape[0]} states of width {rows.shape[1]}; "
+            f"expected 1 to {min(rows.shape)}"
+        )
+    size = float(np.linalg.norm(rows))
+    _, sigma, right = np.linalg.svd(rest if centred else rows, full_matrices=False)
+    sigma, right = sigma[:k].copy(), right[:k].copy()
+    rounding = max(rows.shape) * _EPS * size
+    for j in range(k):
+        if sigma[j] <= rounding:
+            sigma[j], right[j] = 0.0, 0.0
+            continue
+        top = right[j][np.abs(right[j]).argmax()]
+        leading = top if centred else right[j] @ mean
+        right[j] *= -1.0 if leading < 0 else 1.0
+    return torch.from_numpy(sigma), torch.from_numpy(right)
 
 
 def spectra_from_moments(moments: Moments) -> tuple[Spectrum, Spectrum]:

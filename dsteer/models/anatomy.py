@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ from dsteer.models.seq2seq import is_encoder_decoder, is_post_norm, refuse_famil
 
 # What some families call the norm behind their last block, though it is none of an embedding.
 _FINAL_NORMS = frozenset({"embedding_norm"})
+# What families call the parts of a block.
+PARTS: dict[str, tuple[str, ...]] = {
+    "attention": ("self_attn", "attn", "attention", "self_attention", "linear_attn"),
+    "mlp": ("mlp", "ffn", "feed_forward", "block_sparse_moe"),
+}
+# Families whose parts add the residual stream themselves, so that what they return is no component.
+_ADDING = {"bloom": ("attention", "mlp"), "mpt": ("mlp",)}
 _OTHER_NORMS = ("embed", "per_layer")  # of the embeddings, Gemma 4's in each block among them
 
 
@@ -101,6 +108,29 @@ class Anatomy:
             encoder=model.get_encoder() if is_encoder_decoder(model.config) else None,
             start=start_ids(model),
         )
+
+    def component(self, block: int, part: Literal["attention", "mlp"]) -> nn.Module:
+        """The attention or the MLP of a block: the module that returns what it adds to the stream.
+
+        Where a block has norms behind its parts (Gemma 2 and 3, OLMo 2), it is what enters them.
+
+        Raises:
+            ModelError: the block has no such module, or one that adds the stream by itself.
+        """
+        module = self.blocks[block]
+        kind = str(getattr(getattr(self.decoder, "config", None), "model_type", ""))
+        found = [child for name, child in module.named_children() if name in PARTS[part]]
+        if len(found) != 1 or part in _ADDING.get(kind, ()):
+            why = (
+                f"the {part} of {kind} adds the residual stream by itself"
+                if len(found) == 1
+                else f"{type(module).__name__} has {len(found)} parts that could be its {part}"
+            )
+            raise ModelError(
+                f"block {block}: {why}; expected one module that returns what it adds; use "
+                f"resid_post.{block}"
+            )
+        return found[0]
 
     @staticmethod
     def read(output: object) -> Tensor:
