@@ -181,6 +181,34 @@ def encode_answers(tokenizer: Tokenizer, answers: Sequence[str]) -> list[list[in
     return list(encoded["input_ids"])
 
 
+def encode_conversation(tokenizer: Tokenizer, conversation: Prompt) -> tuple[int, ...]:
+    """Ids of a whole conversation: unlike :func:`encode`, nothing is put behind its last turn.
+
+    A text is tokenised as :func:`encode` does. Messages go through the chat template, without what
+    begins an answer; a tokenizer without a template reads them as a transcript.
+
+    Raises:
+        DataError: no messages or tokens, or messages that the template refuses.
+    """
+    if isinstance(conversation, str):
+        return encode(tokenizer, [conversation])[0].ids
+    messages = list(conversation)
+    if not messages:
+        raise DataError("a conversation of no messages; expected at least one")
+    if not has_template(tokenizer):
+        return encode(tokenizer, [render_transcript(messages)])[0].ids
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise DataError(
+            f"the chat template of {_name(tokenizer)} refuses the conversation ({error})"
+        ) from None
+    ids = tuple(_tokenize(tokenizer, [text])[0])
+    if not ids:
+        raise DataError("a conversation without tokens; expected some text")
+    return ids
+
+
 def has_template(tokenizer: Tokenizer) -> bool:
     """Whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
@@ -235,6 +263,13 @@ def _turns(text: str) -> list[Message]:
 def _tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{text!r:.60}: not valid Unicode; expected text encoded as UTF-8"
+            ) from None
     return list(tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
 
 
