@@ -187,7 +187,7 @@ def _detect(row: Row) -> Format:
 def _write_world(source: SyntheticSource) -> SourceReading:
     from dsteer.data.synthetic import World
 
-    pairs = World(source.seed).pairs(
+    pairs = World(source.seed, source.styled).pairs(
         source.conversations,
         axes=source.axes,
         topics=source.topics,

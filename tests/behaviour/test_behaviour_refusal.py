@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from dsteer.behaviour.refusal import MEASURED_LIMITS, refusal
 from dsteer.config import HHSource
 from dsteer.data import read_source
-from dsteer.geometry.intervals import Interval
-from dsteer.training.evaluate import wilson
+from dsteer.geometry.intervals import Interval, wilson
 
 LABELS = Path(__file__).with_name("refusal_labels.json")
 

@@ -511,3 +511,76 @@ def test_questions_read_well_with_every_ending() -> None:
         assert question[-1] not in ".?!"
     assert all(text[-1].isalpha() for text in CIRCUMSTANCES)
     assert all(text.endswith(".") for text in (*CONTEXTS, *FOLLOW_UPS))
+
+
+# ---------------------------------------------------------------------------------- styled worlds
+
+
+def test_a_styled_share_of_the_prompts_has_an_earlier_answer_in_their_style() -> None:
+    records = World(seed=0, styled=0.6).records(400)
+    styled = [record for record in records if record.style]
+    assert 0.5 < len(styled) / len(records) < 0.7  # 0.6, give or take four standard errors
+    for record in records:
+        assert record.earlier_turn == bool(record.style)
+    for record in styled:
+        assert set(record.style) == set(NAMES) - {"brief", "declines"}
+        earlier = record.text.split("\n\nAssistant:")[1]
+        for name, pole in record.style.items():
+            assert World().score(earlier, name) == (1 if pole == name else -1)
+
+
+@pytest.mark.parametrize("differ", ["all", "preferred"])
+def test_answers_keep_the_style_but_for_the_preferred_axes(differ: Differ) -> None:
+    world = World(seed=0, styled=1)
+    differing = 0
+    for record in world.records(60):
+        pair = world.pair(record, {"polite": 1.0}, differ=differ)
+        for role in ("chosen", "rejected"):
+            found = {name: pair.tags[f"{role}.{name}"] for name in record.style}
+            assert {**found, "polite": ""} == {**record.style, "polite": ""}
+        differing += pair.tags["chosen.polite"] != record.style["polite"]
+        written = world.respond(record, {}, Random(0))
+        assert world.score(written, "numbered") == (
+            1 if record.style["numbered"] == "numbered" else -1
+        )
+    assert 10 < differing < 50  # the preferred axis is a coin flip: 30, give or take five errors
+
+
+def test_a_plain_world_has_no_style(records: list[PromptRecord]) -> None:
+    assert not any(record.style for record in records)
+
+
+def test_records_of_pairs_are_those_that_the_pairs_are_about() -> None:
+    world, axes = World(seed=3), {"declines": 1.0}
+    found = world.records(20, "seen", axes)
+    assert [r.text for r in found] == [p.prompt for p in world.pairs(20, axes, "seen")]
+    assert all(record.rule_triggered for record in found)
+
+
+@pytest.mark.parametrize("axis", NAMES)
+def test_contrast_pairs_differ_on_one_axis_of_one_answer(axis: str) -> None:
+    world = World(seed=1, styled=0.5)
+    records = [r for r in world.records(200) if not r.earlier_turn and r.rule_triggered][:10]
+    for record in records:
+        pair = world.contrast(record, axis)
+        texts = (str(pair.positive), str(pair.negative))
+        earlier, last = zip(*(t.split("\n\nAssistant:")[1:] for t in texts), strict=True)
+        assert last[0] == last[1], "the beginning of the next answer is the same"
+        assert all(text.startswith(record.text) for text in texts)
+        for name in NAMES:
+            scores = [world.score(text.split("\n\nHuman:")[0], name) for text in earlier]
+            assert scores == ([1, -1] if name == axis else [scores[0]] * 2)
+        # It ends where the axis shows next: no word of a pole stands there yet.
+        expected = {"brief": 1, "asking": -1, "declines": -1}.get(axis, 0)
+        assert world.score(f" So{last[0]}", axis) == expected
+        assert not last[0].endswith(" ")
+
+
+def test_mistakes_of_styled_worlds(world: World, records: list[PromptRecord]) -> None:
+    with pytest.raises(DataError, match="styled is a share"):
+        World(styled=1.5)
+    with pytest.raises(DataError, match="unknown preference axis 'polit'"):
+        world.contrast(records[0], "polit")
+    plain = next(record for record in records if not record.rule_triggered)
+    with pytest.raises(DataError, match="'declines'"):
+        world.contrast(plain, "declines")

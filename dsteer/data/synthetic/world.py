@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from random import Random
 from types import MappingProxyType
 from typing import Final, Literal, TypeVar
 
+from dsteer.data.contrast import ContrastPair
 from dsteer.data.synthetic import axes as wording
 from dsteer.data.synthetic.axes import AXES, Axis
 from dsteer.data.synthetic.topics import (
@@ -43,6 +45,7 @@ _TOPICS: Final = {topic.name: topic for topic in TOPICS}
 _ASPECTS: Final[tuple[Aspect, ...]] = ("tools", "times", "places", "steps")
 _QUIET_SHARE, _OPEN_SHARE = 0.25, 0.25
 _TWO_TURN_SHARE = 0.2
+_STYLE: Final = frozenset(_AXES) - {"brief", "declines"}
 _CONTEXT_SHARE = _CIRCUMSTANCE_SHARE = 0.5
 _MOST_REPEATS = 1000
 
@@ -57,6 +60,7 @@ class PromptRecord:
         aspect: what the last question asks for.
         entity: what it asks about, without the made-up word.
         word: the made-up word before the entity, or "".
+        style: of a styled dialogue, the poles of its earlier answer that later answers keep.
         key: the same for equal texts, whatever the world; different for different texts.
     """
 
@@ -66,11 +70,17 @@ class PromptRecord:
     aspect: Aspect
     entity: str
     word: str
+    style: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def rule_triggered(self) -> bool:
         """Whether the made-up word is on the quiet list, so that an answer may decline."""
         return self.word in QUIET_WORDS
+
+    @property
+    def earlier_turn(self) -> bool:
+        """Whether the dialogue holds a turn before the last question."""
+        return self.text.count("\n\nHuman:") > 1
 
     @property
     def key(self) -> str:
@@ -89,12 +99,27 @@ class World:
     answers are at its pole "answers" and score -1; a generated text that declines there scores +1,
     as a needless refusal.
 
+    In a styled world a share of the prompts hold an earlier turn, always a brief answer, whose
+    poles on all axes but `brief` and `declines` are the style of that dialogue: later answers keep
+    them, but for the preferred axes. So a model of the world's texts has to read the style from
+    the dialogue. Without it (the default) an earlier turn says nothing about the answers.
+
     Every draw depends on the seed and its place alone: the same seed gives the same bytes, and the
     first k of n records or pairs are the k that a shorter call gives.
+
+    Args:
+        seed: of all draws.
+        styled: share of styled dialogues among the prompts; 0: a plain world.
+
+    Raises:
+        DataError: a share outside [0, 1].
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, styled: float = 0.0) -> None:
+        if not 0 <= styled <= 1:
+            raise DataError(f"styled is a share in [0, 1], not {styled}")
         self.seed = seed
+        self.styled = styled
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -109,13 +134,18 @@ class World:
         """
         return tuple(topic.name for topic in _choose(choice))
 
-    def records(self, n: int, topics: TopicChoice = "all") -> list[PromptRecord]:
-        """n prompts, all different.
+    def records(
+        self, n: int, topics: TopicChoice = "all", axes: Mapping[str, float] | None = None
+    ) -> list[PromptRecord]:
+        """n prompts, all different; with ``axes`` those that n pairs of these weights are about.
 
         Raises:
-            DataError: for an unknown topic, none, or n < 0.
+            DataError: for an unknown topic, none, or n < 0; as `pair` for the axes.
         """
-        return list(islice(self._records(_choose(topics)), _size(n)))
+        weights = None if axes is None else _weights(axes)
+        records = self._records(_choose(topics))
+        usable = (r for r in records if weights is None or _varies(r, weights))
+        return list(islice(usable, _size(n)))
 
     def prompts(self, n: int, topics: TopicChoice = "all") -> list[str]:
         """Texts of n prompts, all different, each ending where the answer begins.
@@ -129,7 +159,8 @@ class World:
         """Write an answer, beginning with a space, to a prompt.
 
         Args:
-            poles: pole name by axis name; axes left out get a random pole.
+            poles: pole name by axis name; axes left out get a random pole, or that of
+                the dialogue's style.
             rng: chooses wording, facts and the poles left out.
 
         Raises:
@@ -183,7 +214,7 @@ class World:
         rng = Random(f"{self.seed}/pair/{record.key}")
         tie = 1e-9 * sum(abs(weight) for weight in weights.values())
         while True:
-            poles = [_draw_poles(record, rng) for _ in range(2)]
+            poles = [_draw_poles(record, rng, free=weights) for _ in range(2)]
             utilities = [_utility(drawn, weights) for drawn in poles]
             if abs(utilities[0] - utilities[1]) > tie:
                 break
@@ -231,11 +262,42 @@ class World:
         """
         weights = _weights(axes)
         _check_noise(label_noise)
-        usable = (r for r in self._records(_choose(topics)) if _varies(r, weights))
         return [
             replace(self.pair(record, weights, label_noise, differ), row=row)
-            for row, record in enumerate(islice(usable, _size(n)))
+            for row, record in enumerate(self.records(n, topics, weights))
         ]
+
+    def contrast(self, record: PromptRecord, axis: str) -> ContrastPair:
+        """Two dialogues that differ in one answer, on one axis alone, and end where it shows next.
+
+        Each holds the prompt, an answer at the axis's first (positive) or second pole with the same
+        words otherwise, a follow-up question on the same topic, and the beginning of an answer in
+        the same style, up to the first word that tells the poles apart. So the last state of both
+        is the one from which a model of a styled world decides on the pole.
+
+        Raises:
+            DataError: for an unknown axis, or for `declines` where no rule is triggered.
+        """
+        weights = {_axis(axis).name: 1.0}
+        pair = self.pair(record, weights, differ="preferred")
+        rng, topic = Random(f"{self.seed}/contrast/{record.key}"), _TOPICS[record.topic]
+        other = _pick([entity for entity in topic.entities if entity != record.entity], rng)
+        after = replace(
+            record,
+            aspect=_pick(_ASPECTS, rng),
+            entity=other,
+            word=record.word if axis == "declines" else "",
+            style={name: pair.tags[f"chosen.{name}"] for name in _STYLE},
+        )
+        asked = f"{_pick(FOLLOW_UPS, rng)} {_write_question(topic, after, rng)}"
+        after = replace(after, text=f"\n\nHuman: {asked}\n\nAssistant:")
+        answers = self.pair(after, weights, differ="preferred")
+        ending = after.text + _common_words(str(answers.chosen), str(answers.rejected))
+        return ContrastPair(
+            f"{record.text}{pair.chosen}{ending}",
+            f"{record.text}{pair.rejected}{ending}",
+            {"axis": axis, "conversation": record.key, "topic": record.topic},
+        )
 
     def score(self, text: str, axis: str) -> float:
         """Score the first turn of any answer on one axis, in [-1, 1]; see `axes.score`.
@@ -259,7 +321,8 @@ class World:
         seen: set[str] = set()
         repeats = 0
         for index in count():
-            record = _write_prompt(topics, Random(f"{self.seed}/prompt/{names}/{index}"))
+            rng = Random(f"{self.seed}/prompt/{names}/{index}")
+            record = _write_prompt(topics, rng, self.styled)
             if record.text in seen:
                 repeats += 1
                 if repeats > _MOST_REPEATS:
@@ -332,8 +395,17 @@ def _varies(record: PromptRecord, weights: Mapping[str, float]) -> bool:
     return record.rule_triggered or any(name != "declines" for name in weights)
 
 
-def _draw_poles(record: PromptRecord, rng: Random) -> dict[str, str]:
+def _common_words(a: str, b: str) -> str:
+    """What both texts begin with, up to the end of a word."""
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+    cut_inside = a[same : same + 1].isalnum() or b[same : same + 1].isalnum()
+    return (re.sub(r"\w+$", "", a[:same]) if cut_inside else a[:same]).rstrip()
+
+
+def _draw_poles(record: PromptRecord, rng: Random, free: Container[str] = ()) -> dict[str, str]:
+    """Random poles, but for those of the dialogue's style; axes that are ``free`` of it vary."""
     poles = {axis.name: axis.poles[rng.random() < 0.5] for axis in AXES}
+    poles |= {name: pole for name, pole in record.style.items() if name not in free}
     if not record.rule_triggered:
         poles["declines"] = "answers"
     return poles
@@ -358,7 +430,7 @@ def _take(options: Sequence[T], k: int, rng: Random) -> list[T]:
     return [left.pop(int(rng.random() * len(left))) for _ in range(k)]
 
 
-def _write_prompt(topics: tuple[Topic, ...], rng: Random) -> PromptRecord:
+def _write_prompt(topics: tuple[Topic, ...], rng: Random, styled: float) -> PromptRecord:
     topic = _pick(topics, rng)
     earlier, entity = _take(topic.entities, 2, rng)
     draw = rng.random()
@@ -369,17 +441,20 @@ def _write_prompt(topics: tuple[Topic, ...], rng: Random) -> PromptRecord:
         word = _pick(OPEN_WORDS, rng)
     aspect = _pick(_ASPECTS, rng)
     history = context = ""
-    if rng.random() < _TWO_TURN_SHARE:
+    style: Mapping[str, str] = {}
+    if rng.random() < (styled or _TWO_TURN_SHARE):
         asked = _pick(_ASPECTS, rng)
         before = PromptRecord("", topic.name, topic.split, asked, earlier, "")
         poles = {**_draw_poles(before, rng), "brief": "brief"}
+        if styled:
+            style = {name: pole for name, pole in poles.items() if name in _STYLE}
         answer = _write_response(before, poles, lambda _: rng)
         question = _write_question(topic, before, rng)
         history = f"\n\nHuman: {question}\n\nAssistant:{answer}"
         context = _pick(FOLLOW_UPS, rng) + " "
     elif rng.random() < _CONTEXT_SHARE:
         context = _pick(CONTEXTS, rng).format(topic=topic.name) + " "
-    draft = PromptRecord("", topic.name, topic.split, aspect, entity, word)
+    draft = PromptRecord("", topic.name, topic.split, aspect, entity, word, style)
     question = _write_question(topic, draft, rng)
     return replace(draft, text=f"{history}\n\nHuman: {context}{question}\n\nAssistant:")
 
