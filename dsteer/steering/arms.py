@@ -15,7 +15,7 @@ from dsteer.activations.batching import default_budget, plan_batches
 from dsteer.activations.capture import site_module
 from dsteer.activations.inputs import Inputs, decoder_shift, plan_rows
 from dsteer.activations.reading import padding_is_unseen, rows_read_alike
-from dsteer.activations.sites import ENCODER, FINAL_NORM, block_of
+from dsteer.activations.sites import ENCODER, FINAL_NORM, block_of, component_of
 from dsteer.data.tokens import Encoded
 from dsteer.errors import ModelError
 from dsteer.models.anatomy import Anatomy, evaluating
@@ -169,6 +169,8 @@ def steered_states(
 
 def _shares(model: Model, anatomy: Anatomy, texts: Sequence[Encoded], steering: Steering) -> bool:
     """Whether rows may part at the site: on two texts, the states are as those of whole passes."""
+    if component_of(steering.site) is not None:  # the stream around it has a row a text
+        return False
     by_length = sorted(texts, key=lambda item: len(item.ids))
     few = steering.split(2)[0]
     try:

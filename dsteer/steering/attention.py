@@ -29,14 +29,16 @@ _NAME = "dsteer"
 def attending(model: Model, attend: Attend) -> Iterator[None]:
     """Let a function compute a model's attention, without masks, while the block runs."""
     config = text_config(model.config)
-    before = config._attn_implementation
-    AttentionInterface.register(_NAME, attend)
-    config._attn_implementation = _NAME
+    before, name = config._attn_implementation, _NAME
+    while name in AttentionInterface._global_mapping:  # that of another model
+        name += "+"
+    AttentionInterface.register(name, attend)
+    config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = before
-        AttentionInterface._global_mapping.pop(_NAME, None)
+        AttentionInterface._global_mapping.pop(name, None)
 
 
 def causal(

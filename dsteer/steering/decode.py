@@ -31,12 +31,12 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from dsteer.activations.batching import plan_batches
 from dsteer.activations.reading import sample_weights
-from dsteer.data.tokens import Encoded, Tokenizer, encode, hash_ids
+from dsteer.activations.sites import component_of
+from dsteer.data.tokens import Encoded, Tokenizer, hash_ids
 from dsteer.data.types import PreferencePair, Prompt
-from dsteer.errors import DataError, MeasurementError, ModelError, StoreError
+from dsteer.errors import ConfigError, DataError, MeasurementError, ModelError, StoreError
 from dsteer.models.anatomy import Anatomy, evaluating, max_positions, text_config
 from dsteer.models.load import Model
-from dsteer.models.seq2seq import is_encoder_decoder
 from dsteer.progress import SILENT, Reporter
 from dsteer.steering.arms import FAILURES, Arm, Steering
 from dsteer.steering.intervene import (
@@ -48,7 +48,8 @@ from dsteer.steering.intervene import (
     Schedule,
     steer,
 )
-from dsteer.steering.rows import Rows
+from dsteer.steering.rows import Rows, Stepping
+from dsteer.steering.states import as_ids
 from dsteer.steering.vector import SteeringVector
 from dsteer.store import hash_json
 
@@ -182,24 +183,52 @@ def decode(
         ConfigError: a site that the model lacks, or an operation that is none.
         StoreError: the journal can't be read or written, or ``path`` holds something else.
     """
-    decoding = decoding or Decoding()
-    if not prompts:
-        raise DataError("there are no prompts to decode; give at least one")
     if not steering.arms:
         raise MeasurementError("there are no arms to decode; give at least one strength")
-    _require_room(model, prompts, decoding)
+    settings = (model, steering, decoding or Decoding(), tokenizer)
+    return run(
+        Shared(*settings),
+        Plain(*settings),
+        prompts,
+        memory=memory,
+        fast=fast,
+        path=path,
+        reporter=reporter,
+        label=label,
+    )
+
+
+def run(
+    shared: Shared,
+    generating: Plain,
+    prompts: Sequence[Encoded],
+    *,
+    memory: int = MEMORY,
+    fast: bool | None = None,
+    path: Path | None = None,
+    reporter: Reporter = SILENT,
+    label: str = "decoding",
+) -> Decoded:
+    """Decode by one of two engines: the first where its probe agrees with the model, or the other.
+
+    The arguments and what is raised are those of :func:`decode`.
+    """
+    engine: Shared | Plain = shared
+    model, anatomy, steering, decoding = (
+        engine.model, engine.anatomy, engine.steering, engine.decoding
+    )  # fmt: skip
+    if not prompts:
+        raise DataError("there are no prompts to decode; give at least one")
+    engine.require_room(prompts)
     Hooks(model, steering.interventions())  # raises where the arms don't fit
-    anatomy = Anatomy.of(model)
-    settings = (model, anatomy, steering, decoding, tokenizer)
-    engine: _Shared | _Plain = _Shared(*settings)
     plain = "it was asked for"
     with evaluating(model):
         if fast is not False:
-            plain = _why_plain(engine, prompts)
+            plain = shared.why_not(prompts)
             if plain and fast:
                 raise ModelError(f"the fast path can't decode this model: {plain}")
         if plain:
-            engine = _Plain(*settings)
+            engine = generating
         batches = engine.plan(prompts, memory)
         identity = {
             "ids": hash_ids(prompts),
@@ -265,11 +294,12 @@ def sweep(
     model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt | PreferencePair] | Sequence[Encoded],
-    vector: SteeringVector,
+    vector: SteeringVector | None,
     strengths: Sequence[Number],
     max_new_tokens: int = 48,
     *,
     operation: Operation = "add",
+    site: str | None = None,
     positions: Positions = "all",
     schedule: Schedule | None = None,
     temperature: float = 0.0,
@@ -289,15 +319,19 @@ def sweep(
         tokenizer: its tokenizer.
         prompts: texts (tokenised as they stand), message lists (through the template), pairs (their
             prompt), or ids.
-        vector: the direction and its site.
-        strengths: λ, in units of the vector; 0 is the model itself.
+        vector: the direction and its site; None for ``scale``, which needs none.
+        strengths: λ, in units of the vector; 0 is the model itself. Of ``scale`` s of (1 + s) h.
         max_new_tokens: at most so many tokens a text.
-        operation: ``add`` (default), ``ablate``, ``scale``, ``noise`` or ``project``.
+        operation: ``add`` (default), ``ablate``, ``scale``, ``noise`` or ``project``. ``scale``
+            amplifies a layer and ``noise`` adds seeded noise as long as λv: what a vector does
+            beyond them is its direction's.
+        site: where; default: the vector's own.
         positions: which tokens are steered.
         schedule: how λ changes over the generated tokens.
         temperature: 0: greedy.
         top_p: of sampling.
-        seed: of sampling; all strengths of a prompt share its draws.
+        seed: of sampling, all strengths of a prompt sharing its draws, and of ``noise``, which all
+            prompts share.
         stop: a text ends before this string, or before the first of several.
         template: ``chat`` puts texts through the chat template.
         memory: bytes that cached keys, values and logits may take.
@@ -306,30 +340,26 @@ def sweep(
         reporter: shows progress.
 
     Raises:
+        ConfigError: no vector for an operation that needs one, or neither vector nor site.
         DataError: no prompts, or some that can't be encoded or don't fit the model.
         MeasurementError: no strengths, or settings of sampling that are none.
         ModelError: a vector of another width than the model's; see also :func:`decode`.
     """
-    if isinstance(prompts, str):
-        raise DataError("prompts is one text; expected a list of prompts")
+    ready = as_ids(model, tokenizer, prompts, max_new_tokens, template)
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     decoding = Decoding(max_new_tokens, temperature, top_p, seed, stops)
-    ready = [item for item in prompts if isinstance(item, Encoded)]
-    if len(ready) != len(prompts):
-        limit = max_positions(model.config)
-        ready = encode(
-            tokenizer,
-            prompts,  # type: ignore[arg-type]  # no Encoded among them
-            template=template,
-            max_tokens=None if limit is None else limit - max_new_tokens,
-            encoder_decoder=is_encoder_decoder(model.config),
-        )
-    arms = tuple(Arm(vector.tensor, float(strength)) for strength in strengths)
+    if vector is None and operation != "scale":
+        raise ConfigError(f"operation {operation!r} without a vector; only 'scale' needs none")
+    where = site or (None if vector is None else vector.site)
+    if where is None:
+        raise ConfigError("neither a vector nor a site; expected site='resid_post.K' for 'scale'")
+    direction = torch.zeros(Anatomy.of(model).width) if vector is None else vector.tensor
+    arms = tuple(Arm(direction, float(strength)) for strength in strengths)
     decoded = decode(
         model,
         tokenizer,
         ready,
-        Steering(vector.site, arms, operation, positions, schedule, seed),
+        Steering(where, arms, operation, positions, schedule, seed),
         decoding,
         memory=memory,
         fast=fast,
@@ -367,16 +397,7 @@ class _Batch:
     arms: tuple[int, ...]
 
 
-def _require_room(model: Model, prompts: Sequence[Encoded], decoding: Decoding) -> None:
-    limit, longest = max_positions(model.config), max(len(item.ids) for item in prompts)
-    if limit is not None and longest + decoding.max_new_tokens > limit:
-        raise DataError(
-            f"a prompt of {longest} tokens and {decoding.max_new_tokens} new ones exceed the "
-            f"{limit} that the model was made for; shorten the prompts or lower max_new_tokens"
-        )
-
-
-def _end_ids(model: Model, tokenizer: Tokenizer) -> frozenset[int]:
+def end_ids(model: Model, tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end a text: those of the generation config and the tokenizer's EOS."""
     config = getattr(model, "generation_config", None)
     found = getattr(config, "eos_token_id", None)
@@ -468,21 +489,36 @@ class _Journal:
             file.write(line + "\n")
 
 
-class _Engine:
-    """What both ways of decoding share."""
+class Engine:
+    """What both ways of decoding share.
+
+    Attributes:
+        streams: how many arms, one after another, write one text together.
+    """
+
+    streams = 1
 
     def __init__(
         self,
         model: Model,
-        anatomy: Anatomy,
         steering: Steering,
         decoding: Decoding,
         tokenizer: Tokenizer,
     ) -> None:
-        self.model, self.anatomy = model, anatomy
+        self.model, self.anatomy = model, Anatomy.of(model)
         self.steering, self.decoding = steering, decoding
-        self.ends = _end_ids(model, tokenizer)
-        self.stops = _StopStrings(tokenizer, decoding.stop, anatomy.encoder is None)
+        self.ends = end_ids(model, tokenizer)
+        self.stops = _StopStrings(tokenizer, decoding.stop, self.anatomy.encoder is None)
+
+    def require_room(self, prompts: Sequence[Encoded]) -> None:
+        """Raise a DataError where a prompt and its continuation don't fit the model."""
+        limit, new = max_positions(self.model.config), self.decoding.max_new_tokens
+        longest = max(len(item.ids) for item in prompts)
+        if limit is not None and longest + new > limit:
+            raise DataError(
+                f"a prompt of {longest} tokens and {new} new ones exceed the {limit} that the "
+                "model was made for; shorten the prompts or lower max_new_tokens"
+            )
 
     def uniform(self, prompts: Sequence[int]) -> Float[Tensor, "r t"] | None:
         """The draws of some rows; None if decoding is greedy."""
@@ -524,7 +560,7 @@ class _Engine:
 # ---------------------------------------------------------------------------------- fast
 
 
-class _Shared(_Engine):
+class Shared(Engine):
     """The fast path."""
 
     def plan(self, prompts: Sequence[Encoded], memory: int) -> list[_Batch]:
@@ -534,11 +570,26 @@ class _Shared(_Engine):
         budget = memory // self.bytes_a_column()
         batches: list[_Batch] = []
         for batch in plan_batches(columns, budget // len(arms), fixed=_STEP_COLUMNS / len(arms)):
-            rows = max(1, budget // batch.length) if len(batch.prompts) == 1 else len(arms)
+            rows = len(arms)
+            if len(batch.prompts) == 1:
+                rows = max(1, budget // batch.length // self.streams) * self.streams
             batches += [
                 _Batch(batch.prompts, arms[i : i + rows]) for i in range(0, len(arms), rows)
             ]
         return batches
+
+    def open(self, texts: Sequence[Sequence[int]], arms: Sequence[int]) -> Stepping:
+        """The rows of some prompts under some arms, which are read on entry."""
+        capacity = self.decoding.max_new_tokens
+        return Rows(self.model, self.anatomy, self.steering, capacity, texts, arms)
+
+    def mixed(self, logits: Float[Tensor, "r v"]) -> Float[Tensor, "s v"]:
+        """The logits of each text, of those of its streams."""
+        return logits
+
+    def why_not(self, prompts: Sequence[Encoded]) -> str:
+        """Why this way can't decode the model, or an empty string."""
+        return _why_plain(self, prompts)
 
     def run(self, prompts: Sequence[Encoded], batch: _Batch) -> list[_Row]:
         owners = [(prompt, arm) for prompt in batch.prompts for arm in batch.arms]
@@ -549,11 +600,12 @@ class _Shared(_Engine):
         checked = [0] * len(owners)
         capacity = self.decoding.max_new_tokens
         texts = [prompts[number].ids for number in batch.prompts]
-        with Rows(self.model, self.anatomy, self.steering, capacity, texts, batch.arms) as rows:
+        with self.open(texts, batch.arms) as rows:
             ids = rows.last_ids
             for step in range(capacity):
-                logits = rows.step(ids)
-                ids = self.decoding.choose(logits, None if uniform is None else uniform[live, step])
+                logits = self.mixed(rows.step(ids))
+                drawn = None if uniform is None else uniform[live[:: self.streams], step]
+                ids = self.decoding.choose(logits, drawn).repeat_interleave(self.streams)
                 for row, token in zip(live, ids.tolist(), strict=True):
                     if not done[row]:
                         tokens[row].append(token)
@@ -588,10 +640,12 @@ def _shrunk(done: Bool[Tensor, "p a"]) -> tuple[Int[Tensor, " q"], Int[Tensor, "
     return prompts, (prompts[:, None] * done.shape[1] + order).reshape(-1)
 
 
-def _why_plain(engine: _Engine, prompts: Sequence[Encoded]) -> str:
+def _why_plain(engine: Engine, prompts: Sequence[Encoded]) -> str:
     """Why the fast path can't decode a model, or an empty string: it is tried and compared."""
     if engine.anatomy.encoder is not None:
         return "an encoder-decoder model keeps two caches, of prompt and answer"
+    if component_of(engine.steering.site) is not None:
+        return "the site lies inside a block, where rows can't part"
     if _ADAPTING_ROPE & _rope_types(engine.model):
         return "its position embedding depends on the longest text of a batch"
     by_length = sorted(prompts, key=lambda item: len(item.ids))
@@ -632,7 +686,7 @@ def _rope_types(model: Model) -> set[object]:
 
 
 def _plain_logits(
-    engine: _Engine, text: Sequence[int], arm: int, prompt_length: int
+    engine: Engine, text: Sequence[int], arm: int, prompt_length: int
 ) -> Float[Tensor, "t v"]:
     """Logits from the prompt's last token on, in one pass without a cache, under the same hooks."""
     device = engine.anatomy.device
@@ -651,7 +705,7 @@ def _plain_logits(
 # ---------------------------------------------------------------------------------- plain
 
 
-class _Plain(_Engine):
+class Plain(Engine):
     """``generate``, prompts of one length at a time, so that nothing is padded."""
 
     def plan(self, prompts: Sequence[Encoded], memory: int) -> list[_Batch]:
@@ -660,7 +714,8 @@ class _Plain(_Engine):
         batches = []
         for columns, same in groupby(order, key=lambda i: self.columns(prompts[i])):
             # generate copies keys and values as they grow
-            rows = max(1, memory // (2 * self.bytes_a_column() * columns))
+            rows = memory // (2 * self.bytes_a_column() * columns)
+            rows = max(1, rows // self.streams) * self.streams
             numbers = list(same)
             count = max(1, rows // len(arms))
             for start in range(0, len(numbers), count):
@@ -669,6 +724,14 @@ class _Plain(_Engine):
                         _Batch(tuple(numbers[start : start + count]), arms[first : first + rows])
                     )
         return batches
+
+    def processors(self) -> list[LogitsProcessor]:
+        """What changes the logits before a token is chosen."""
+        return []
+
+    def changing(self, arms: Sequence[int]) -> contextlib.AbstractContextManager[object]:
+        """What changes the model while ``generate`` runs with a row for each of some arms."""
+        return steer(self.model, self.steering.interventions(arms))
 
     def run(self, prompts: Sequence[Encoded], batch: _Batch) -> list[_Row]:
         owners = [(prompt, arm) for prompt in batch.prompts for arm in batch.arms]
@@ -687,11 +750,11 @@ class _Plain(_Engine):
             decoder_start_token_id=None if start is None else start[0],
         )
         uniform = self.uniform([prompt for prompt, _ in owners])
-        drawn = LogitsProcessorList()
+        drawn = LogitsProcessorList(self.processors())
         if uniform is not None:
-            drawn.append(_Draw(self.decoding, uniform, begun.shape[1]))
-        steered = self.steering.interventions([arm for _, arm in owners])
-        with _generating(self.model, config), steer(self.model, steered):
+            drawn.append(Draw(self.decoding, uniform, begun.shape[1]))
+        arms = [arm for _, arm in owners]
+        with generating(self.model, config), self.changing(arms):
             made = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -702,7 +765,7 @@ class _Plain(_Engine):
 
 
 @contextlib.contextmanager
-def _generating(model: Model, config: GenerationConfig) -> Iterator[None]:
+def generating(model: Model, config: GenerationConfig) -> Iterator[None]:
     """Make a config a model's own: one that is passed to ``generate`` takes the rest from there."""
     holders = [module for module in model.modules() if "generation_config" in vars(module)]
     before = [holder.generation_config for holder in holders]
@@ -716,7 +779,7 @@ def _generating(model: Model, config: GenerationConfig) -> Iterator[None]:
 
 
 @dataclass
-class _Draw(LogitsProcessor):  # type: ignore[misc]
+class Draw(LogitsProcessor):  # type: ignore[misc]
     """Leaves only the token that was drawn."""
 
     decoding: Decoding

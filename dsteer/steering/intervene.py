@@ -20,7 +20,9 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,11 +32,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from dsteer.activations.capture import site_module
-from dsteer.activations.sites import ENCODER, resolve_sites
+from dsteer.activations.sites import ENCODER, resolve_sites, site_order
 from dsteer.errors import ConfigError, MeasurementError, ModelError, did_you_mean
 from dsteer.geometry.displacement import as_matrix, as_numbers, as_vector
 from dsteer.models.anatomy import Anatomy, model_name
 from dsteer.models.load import Model, refuse_overflow
+from dsteer.steering.conditions import Condition
 from dsteer.steering.vector import SteeringVector, SteeringVectorSet
 
 Operation = Literal["add", "ablate", "scale", "noise", "project"]
@@ -49,12 +52,12 @@ In the decoder of an encoder-decoder model the start tokens are its prompt: ``pr
 last of them, from which the first answer token is produced. At ``encoder`` all tokens are prompt.
 """
 
-_CACHES = ("past_key_values", "cache_params")
+CACHES = ("past_key_values", "cache_params")
 """What models call the argument that holds what they keep of earlier tokens."""
 
 Number = float | int
-Strength = Number | Sequence[Number] | Tensor
-"""One number, or one a row of the batch."""
+Strength = Number | np.floating[Any] | np.integer[Any] | Sequence[Number] | Tensor
+"""One number, of Python, numpy or torch, or one a row of the batch."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,10 @@ class Intervention:
         positions: the tokens that are changed, see :data:`Positions`.
         seed: of ``noise``. From one number row r draws its own noise, by r; with one a row a row
             keeps its noise wherever it stands in a batch.
+        when: steer only the rows whose prompt meets this condition, read at or before the site as
+            the pass reaches it; what acts before it there or earlier is part of what it sees. A row
+            is judged by the pass that holds its whole prompt, and stays so in passes that continue
+            it.
 
     Raises:
         ConfigError: an unknown operation or position, or settings that don't go together.
@@ -131,8 +138,14 @@ class Intervention:
     relative: bool = False
     positions: Positions = "all"
     seed: int | Sequence[int] = 0
+    when: Condition | None = None
 
     def __post_init__(self) -> None:
+        if self.when is not None and site_order(self.when.site) > site_order(self.site):
+            raise ConfigError(
+                f"a condition at {self.when.site} for steering at {self.site}: it is read when "
+                "steering is done; expected a site at or before the steered one"
+            )
         if self.operation not in get_args(Operation):
             raise ConfigError(
                 f"operation {self.operation!r}: no such operation"
@@ -156,7 +169,7 @@ class Intervention:
                 "nothing; expected no schedule, and positions 'all', 'prompt', 'prompt_last' or a "
                 "window"
             )
-        if not np.isfinite(_strengths(self.strength)).all():
+        if not (np.abs(_strengths(self.strength)) <= np.finfo(np.float32).max).all():
             raise MeasurementError(f"strength {self.strength}: expected finite numbers")
         seeds = [self.seed] if isinstance(self.seed, int) else list(self.seed)
         if not all(0 <= seed < 2**63 for seed in seeds):
@@ -284,7 +297,7 @@ class Placement:
         Raises:
             ModelError: the prompts' lengths are not known.
         """
-        return self.index - self._lengths()[:, None] + 1
+        return self.index - self.lengths[:, None] + 1
 
     def mask(self, positions: Positions) -> Bool[Tensor, "b t"]:
         """The columns that positions select.
@@ -304,7 +317,13 @@ class Placement:
         start, stop = positions
         return (self.index >= start) & (self.index < stop)
 
-    def _lengths(self) -> Int[Tensor, " b"]:
+    @property
+    def lengths(self) -> Int[Tensor, " b"]:
+        """p of each row.
+
+        Raises:
+            ModelError: the prompts' lengths are not known.
+        """
         if self.prompt_lengths is None:
             raise ModelError(
                 "this pass continues a cache whose prompt was not seen, so its length is not "
@@ -336,16 +355,10 @@ class Hooks:
     def __init__(self, model: Model, interventions: Sequence[Intervention]) -> None:
         self.anatomy = anatomy = Anatomy.of(model)
         refuse_overflow(model.config, anatomy.dtype, model_name(model))
-        self._at: dict[str, list[_Applied]] = {}
-        for intervention in interventions:
-            resolve_sites(intervention.site, anatomy.n_blocks, encoder=anatomy.encoder is not None)
-            applied = _Applied(intervention)
-            if applied.vectors is not None and applied.vectors.shape[1] != anatomy.width:
-                raise ModelError(
-                    f"{intervention.site}: the vector has width {applied.vectors.shape[1]}, and "
-                    f"the states of {model_name(model)} {anatomy.width}; it is of another model"
-                )
-            self._at.setdefault(intervention.site, []).append(applied)
+        self._name = model_name(model)
+        self._at = self._made_ready(interventions)
+        self._judging = _conditions(interventions)
+        self._fired: dict[Condition, Tensor] = {}
         self._modules: dict[str, nn.Module] = {}
         for site in self._at:
             module = site_module(anatomy, site)
@@ -363,7 +376,28 @@ class Hooks:
     @property
     def sites(self) -> tuple[str, ...]:
         """Where states are changed."""
-        return tuple(self._at)
+        return tuple(site for site, applied in self._at.items() if applied)
+
+    def fired(self, condition: Condition) -> Bool[Tensor, " b"] | None:
+        """On which rows of the last prompts a condition fired; None while none were read."""
+        return self._fired.get(condition)
+
+    def replace(self, interventions: Sequence[Intervention]) -> None:
+        """Do something else at the same sites, from the next module that runs.
+
+        The hooks stay as they are, and with them the order among other hooks.
+
+        Raises:
+            ConfigError: other sites.
+            ModelError: a vector of another width.
+        """
+        made = self._made_ready(interventions)
+        if {*made} != {*self._at}:
+            raise ConfigError(
+                f"interventions at {', '.join(made)} in the place of those at "
+                f"{', '.join(self._at)}; expected the same sites"
+            )
+        self._at, self._judging = made, _conditions(interventions)
 
     @property
     def placement(self) -> Placement | None:
@@ -426,15 +460,56 @@ class Hooks:
         """
         applied = self._at.get(site, [])
         placement = self._encoder_placement if site == ENCODER else self._placement
-        if applied and placement is None:
+        if placement is None:
+            if not applied and site not in self._at:
+                return state
             raise ModelError(
                 f"{site}: its module ran outside a pass through the decoder; call the whole model "
                 "while it is steered"
             )
+        for condition in self._judging:
+            if condition.site == site:
+                self._judge(condition, state, placement)
         for one in applied:
-            assert placement is not None
-            state = one(state, placement)
+            fired = None if one.when is None else self._fired[one.when]
+            state = one(state, placement, fired)
         return state
+
+    def _judge(
+        self, condition: Condition, state: Float[Tensor, "b t d"], placement: Placement
+    ) -> None:
+        """Judge the rows by their prompts, if the pass holds them; else they stay as judged."""
+        placement = placement.to(state.device)
+        lengths = placement.lengths
+        prompt = ((placement.index >= 0) & (placement.index < lengths[:, None])).sum(dim=1)
+        if bool((prompt == lengths).all()):
+            self._fired[condition] = condition.fires(state, placement.index, lengths)
+        elif bool(prompt.any()) or len(self._fired.get(condition, ())) != len(lengths):
+            raise ModelError(
+                f"{condition.site}: the condition judges a row by its prompt, and this pass holds "
+                "none or only a part of it; expected the whole prompt in the first pass (of "
+                "generate: no prefill_chunk_size, and no cache that was filled before)"
+            )
+
+    def _made_ready(self, interventions: Sequence[Intervention]) -> dict[str, list[_Applied]]:
+        anatomy, found = self.anatomy, dict[str, list[_Applied]]()
+        for intervention in interventions:
+            resolve_sites(intervention.site, anatomy.n_blocks, encoder=anatomy.encoder is not None)
+            applied = _Applied(intervention)
+            if applied.vectors is not None and applied.vectors.shape[1] != anatomy.width:
+                raise ModelError(
+                    f"{intervention.site}: the vector has width {applied.vectors.shape[1]}, and "
+                    f"the states of {self._name} {anatomy.width}; it is of another model"
+                )
+            found.setdefault(intervention.site, []).append(applied)
+        for condition in _conditions(interventions):
+            found.setdefault(condition.site, [])
+            if condition.vector.width != anatomy.width:
+                raise ModelError(
+                    f"{condition.site}: the condition's vector has width {condition.vector.width}, "
+                    f"and the states of {self._name} {anatomy.width}; it is of another model"
+                )
+        return found
 
     def _hook(self, site: str) -> Callable[[nn.Module, object, object], object]:
         def hook(_module: nn.Module, _inputs: object, output: object) -> object:
@@ -464,6 +539,7 @@ def steer(
     schedule: Schedule | None = None,
     relative: bool = False,
     seed: int | Sequence[int] = 0,
+    when: Condition | None = None,
     prompt_lengths: Sequence[int] | Int[Tensor, " b"] | None = None,
 ) -> Iterator[Hooks]:
     """Steer a model while the ``with`` block runs: ``generate``, or any pass through the model.
@@ -497,6 +573,7 @@ def steer(
         schedule: factors of s over the generated steps.
         relative: of ``add``: s is a fraction of each state's own norm.
         seed: of ``noise``: one number, or one a row of the batch.
+        when: steer only the rows whose prompt meets this condition.
         prompt_lengths: (B,), the real tokens of each row that are prompt.
 
     Raises:
@@ -514,48 +591,81 @@ def steer(
         "schedule": schedule,
         "relative": relative,
         "seed": seed,
+        "when": when,
     }
-    hooks = Hooks(model, _interventions(what, settings))
-    anatomy = hooks.anatomy
-    passes = _Passes(prompt_lengths, anatomy.start)
+    with (
+        uncompiled(model),
+        Steered(model, interventions_of(what, **settings), prompt_lengths) as on,
+    ):
+        yield on.hooks
 
-    def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hooks.encoder_placement = _whole(encoder, args, kwargs)
 
-    def after_encoder(_encoder: nn.Module, _inputs: object, _output: object) -> None:
-        hooks.encoder_placement = None
+class Steered:
+    """A model whose passes are steered while the ``with`` block runs, as :func:`steer` says.
 
-    def before(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hooks.placement = passes.place(decoder, args, kwargs)
-        if ENCODER in hooks.silent:
+    The block may be entered again and again: what was seen of the prompts stays.
+
+    Args:
+        model: the language model.
+        interventions: what is done.
+        prompt_lengths: (B,), the real tokens of each row that are prompt.
+        unseen_is_prompt: see :class:`Passes`.
+
+    Attributes:
+        hooks: what changes the states.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        interventions: Sequence[Intervention],
+        prompt_lengths: Sequence[int] | Int[Tensor, " b"] | None = None,
+        *,
+        unseen_is_prompt: bool = False,
+    ) -> None:
+        self.hooks = Hooks(model, interventions)
+        self._passes = Passes(
+            model, self.hooks.anatomy, prompt_lengths, unseen_is_prompt=unseen_is_prompt
+        )
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Steered:
+        encoder = self.hooks.anatomy.encoder
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.hooks)
+            stack.enter_context(self._passes.followed(self._begin, self._end))
+            if encoder is not None:
+                handle = encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
+                stack.callback(handle.remove)
+                handle = encoder.register_forward_hook(self._after_encoder)
+                stack.callback(handle.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def _before_encoder(
+        self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.hooks.encoder_placement = _whole(encoder, args, kwargs)
+
+    def _after_encoder(self, _encoder: nn.Module, _inputs: object, _output: object) -> None:
+        self.hooks.encoder_placement = None
+
+    def _begin(self, placement: Placement) -> None:
+        self.hooks.placement = placement
+        if ENCODER in self.hooks.silent:
             raise ModelError(
                 "the encoder ran before it was steered, and its states are taken as they are; give "
                 "the model input_ids, not encoder_outputs"
             )
 
-    def after(_decoder: nn.Module, _inputs: object, _output: object) -> None:
+    def _end(self) -> None:
         try:
-            hooks.require_ran()
+            self.hooks.require_ran()
         finally:
-            hooks.placement = None
-
-    around: list[tuple[nn.Module, Callable[..., None], Callable[..., None]]] = [
-        (anatomy.decoder, before, after)
-    ]
-    if anatomy.encoder is not None:
-        around.append((anatomy.encoder, before_encoder, after_encoder))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_uncompiled(model))
-        stack.enter_context(hooks)
-        for wrapper in _wrappers(model, anatomy):
-            handle = wrapper.register_forward_pre_hook(passes.ask, with_kwargs=True)
-            stack.callback(handle.remove)
-        for module, first, last in around:
-            handle = module.register_forward_pre_hook(first, with_kwargs=True)
-            stack.callback(handle.remove)
-            handle = module.register_forward_hook(last)
-            stack.callback(handle.remove)
-        yield hooks
+            self.hooks.placement = None
 
 
 class _Applied:
@@ -578,8 +688,16 @@ class _Applied:
         self._seeds = torch.tensor([seed] if isinstance(seed, int) else list(seed))
         self._moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Tensor]] = {}
 
+    @property
+    def when(self) -> Condition | None:
+        """What decides which rows are changed."""
+        return self._of.when
+
     def __call__(
-        self, state: Float[Tensor, "b t d"], placement: Placement
+        self,
+        state: Float[Tensor, "b t d"],
+        placement: Placement,
+        fired: Bool[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b t d"]:
         batch, columns, width = state.shape
         if placement.index.shape != (batch, columns):
@@ -594,12 +712,15 @@ class _Applied:
             strength = strength * self._of.schedule.at(placement.steps).to(strength)
         if vectors is not None:
             vectors = self._rows(vectors, "vector", self._vector_a_row, placement)
+        selected = placement.mask(self._of.positions)
+        if fired is not None:
+            selected = selected & fired.to(selected.device)[:, None]
         return operate(
             state,
             self._of.operation,
             vectors,
             strength,
-            placement.mask(self._of.positions),
+            selected,
             relative=self._of.relative,
             noise=self._noise(placement, width) if self._of.operation == "noise" else None,
         )
@@ -639,13 +760,28 @@ class _Applied:
         return values
 
 
-class _Passes:
-    """Works out, pass by pass, where the tokens stand that a decoder is called with."""
+class Passes:
+    """Works out, pass by pass, where the tokens stand that a decoder is called with.
+
+    Args:
+        model: the language model.
+        anatomy: its parts.
+        prompt_lengths: (B,), the real tokens of each row that are prompt.
+        unseen_is_prompt: what a cache holds of earlier tokens, and the pass that continues it, is
+            taken as prompt where it was not seen; else the prompt's length is then not known.
+    """
 
     def __init__(
-        self, prompt_lengths: Sequence[int] | Tensor | None, start: tuple[int, ...] | None
+        self,
+        model: Model,
+        anatomy: Anatomy,
+        prompt_lengths: Sequence[int] | Tensor | None = None,
+        *,
+        unseen_is_prompt: bool = False,
     ) -> None:
-        self._start = start
+        self._decoder, self._wrappers = anatomy.decoder, _wrappers(model, anatomy)
+        self._start = anatomy.start
+        self._unseen_is_prompt = unseen_is_prompt
         self._given = None if prompt_lengths is None else torch.as_tensor(prompt_lengths)
         self._lengths: Tensor | None = None
         self._seen = 0  # columns that the last pass ended with
@@ -653,6 +789,28 @@ class _Passes:
         self._mask: Tensor | None = None  # which of the columns seen are text
         self._cache: object = None
         self._asked: list[Tensor | None] = []  # the mask that a wrapper of the decoder was given
+
+    @contextlib.contextmanager
+    def followed(
+        self, begin: Callable[[Placement], None], end: Callable[[], None]
+    ) -> Iterator[None]:
+        """While the block runs, call ``begin`` before and ``end`` after each pass."""
+
+        def before(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            begin(self.place(decoder, args, kwargs))
+
+        def after(_decoder: nn.Module, _inputs: object, _output: object) -> None:
+            end()
+
+        with contextlib.ExitStack() as stack:
+            for wrapper in self._wrappers:
+                handle = wrapper.register_forward_pre_hook(self.ask, with_kwargs=True)
+                stack.callback(handle.remove)
+            handle = self._decoder.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(handle.remove)
+            handle = self._decoder.register_forward_hook(after)
+            stack.callback(handle.remove)
+            yield
 
     def ask(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the mask that a module around the decoder is called with.
@@ -671,7 +829,7 @@ class _Passes:
                 "run it as it is (of generate: disable_compile=True)"
             )
         call, inputs = _called(decoder, args, kwargs)
-        cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
+        cache = next((call[name] for name in CACHES if call.get(name) is not None), None)
         past = self._past(cache)
         batch, columns = inputs.shape[:2]
         mask = self._mask_of(call)
@@ -692,7 +850,8 @@ class _Passes:
         uncached = cache is None and not use_cache
         if past:
             if past > self._seen:
-                self._lengths = None
+                unseen = placement.index.amax(dim=1) + 1 if self._unseen_is_prompt else None
+                self._lengths = unseen
         elif not (uncached and self._continues(inputs)):
             self._lengths = placement.index.amax(dim=1) + 1
         self._seen = past + columns
@@ -782,8 +941,9 @@ def _wrappers(model: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
     return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
 
 
-def _interventions(what: Any, settings: dict[str, Any]) -> list[Intervention]:
+def interventions_of(what: Any, **given_settings: Any) -> list[Intervention]:
     """What :func:`steer` was given, as interventions."""
+    settings = {**_DEFAULTS, **given_settings}
     given = [what] if isinstance(what, Intervention) else what
     if isinstance(given, Sequence) and all(isinstance(item, Intervention) for item in given):
         changed = [
@@ -815,8 +975,16 @@ def _interventions(what: Any, settings: dict[str, Any]) -> list[Intervention]:
 
 
 _DEFAULTS = {
-    name: parameter.default for name, parameter in inspect.signature(steer).parameters.items()
+    name: parameter.default
+    for name, parameter in inspect.signature(steer).parameters.items()
+    if name not in ("model", "what", "prompt_lengths")
 }
+
+
+def _conditions(interventions: Sequence[Intervention]) -> list[Condition]:
+    """The conditions of interventions, each once."""
+    found = [one.when for one in interventions if one.when is not None]
+    return list({id(condition): condition for condition in found}.values())
 
 
 def _pick(vectors: SteeringVectorSet, site: str) -> SteeringVector:
@@ -827,19 +995,28 @@ def _pick(vectors: SteeringVectorSet, site: str) -> SteeringVector:
     return vectors[site]
 
 
+_HELD: WeakKeyDictionary[nn.Module, tuple[int, bool | None]] = WeakKeyDictionary()
+"""How many blocks keep a model from being compiled, and its setting before the first of them."""
+
+
 @contextlib.contextmanager
-def _uncompiled(model: Model) -> Iterator[None]:
-    """Keep ``generate`` from compiling the model while the block runs."""
+def uncompiled(model: Model) -> Iterator[None]:
+    """Keep ``generate`` from compiling the model while the block runs; blocks end in any order."""
     config = getattr(model, "generation_config", None)
     if config is None:
         yield
         return
-    before = config.disable_compile
+    count, before = _HELD.get(model, (0, config.disable_compile))
+    _HELD[model] = count + 1, before
     config.disable_compile = True
     try:
         yield
     finally:
-        config.disable_compile = before
+        count, before = _HELD.pop(model)
+        if count > 1:
+            _HELD[model] = count - 1, before
+        else:
+            config.disable_compile = before
 
 
 def _check_positions(positions: Positions) -> None:
@@ -855,7 +1032,7 @@ def _check_positions(positions: Positions) -> None:
 
 
 def _is_number(strength: Strength) -> bool:
-    return strength.ndim == 0 if isinstance(strength, Tensor) else isinstance(strength, float | int)
+    return strength.ndim == 0 if isinstance(strength, Tensor) else isinstance(strength, Real)
 
 
 def _strengths(strength: Strength) -> np.ndarray:

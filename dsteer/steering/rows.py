@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -86,6 +86,26 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_max_length(self) -> int:
         return -1
+
+
+@runtime_checkable
+class Stepping(Protocol):
+    """Rows that are decoded together: after each token of theirs, the logits of the next."""
+
+    n_prompts: int
+    last_ids: Int[Tensor, " r"]
+
+    def __enter__(self) -> Stepping:
+        """Read the prompts."""
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the model as it was."""
+
+    def step(self, ids: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
+        """Logits after one more token of each row."""
+
+    def keep(self, prompts: Int[Tensor, " q"], rows: Int[Tensor, " r"]) -> None:
+        """Drop all but some prompts and rows."""
 
 
 class Rows:
@@ -184,7 +204,8 @@ class Rows:
         """Whether any token before a prompt's last is steered."""
         column = torch.arange(int(self._lengths.max()), device=self._lengths.device)
         index = torch.where(column < self._lengths[:, None] - 1, column, -1)
-        return bool(Placement(index, self._lengths).mask(self._steering.positions).any())
+        before = Placement(index, self._lengths)
+        return any(bool(before.mask(one.positions).any()) for one in self._steering.interventions())
 
     def step(self, ids: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
         """Logits after one more token of each row."""

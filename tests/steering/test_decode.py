@@ -209,6 +209,37 @@ def test_operations_and_schedules(llama: Any, operation: Any) -> None:
     assert len(texts) >= (1 if operation == "ablate" else 4)
 
 
+def test_baselines_of_a_sweep(llama: Any) -> None:
+    """Amplification needs a site alone; noise has the norm of a vector, whatever its direction."""
+    prompts = prompts_of(LENGTHS)
+    amplified = dsteer.sweep(
+        llama, TOKENIZER, prompts, None, (0, 1.5), NEW, operation="scale", site=SITE
+    )
+    for number, prompt in enumerate(prompts):
+        with steer(llama, None, 1.5, operation="scale", site=SITE):
+            made = llama.generate(
+                torch.tensor([prompt.ids]), max_new_tokens=NEW, do_sample=False,
+                eos_token_id=[1, 2], pad_token_id=0,
+            )  # fmt: skip
+        wanted = cut(made[0, len(prompt.ids) :].tolist(), (1, 2))
+        assert amplified.tokens[1][number] == tuple(wanted)
+    noisy, turned = (
+        dsteer.sweep(llama, TOKENIZER, prompts, SteeringVector(v, "resid_post.0"), (0, 1.5), NEW,
+                     operation="noise", site=SITE, seed=3)
+        for v in (V, V.flip(0))
+    )  # fmt: skip
+    assert noisy.tokens == turned.tokens
+    assert (
+        noisy.tokens == run(llama, steering(strengths=(0, 1.5), operation="noise", seed=3)).tokens
+    )
+    assert amplified.tokens[0] == noisy.tokens[0]
+    assert len({amplified.tokens[1], noisy.tokens[1], noisy.tokens[0]}) == 3
+    with pytest.raises(ConfigError, match="operation 'add' without a vector"):
+        dsteer.sweep(llama, TOKENIZER, prompts, None, (1,), site=SITE)
+    with pytest.raises(ConfigError, match="neither a vector nor a site"):
+        dsteer.sweep(llama, TOKENIZER, prompts, None, (1,), operation="scale")
+
+
 def test_noise_is_that_of_a_single_run(llama: Any) -> None:
     """Whatever the batch, a row's noise is that of ``steer`` around its text alone."""
     prompts = prompts_of(LENGTHS)
@@ -240,7 +271,7 @@ def test_memory_splits_prompts_and_arms(llama: Any, monkeypatch: pytest.MonkeyPa
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The batches that are run from now on."""
     batches: list[Any] = []
-    for engine in (module._Shared, module._Plain):
+    for engine in (module.Shared, module.Plain):
 
         def counting(self: Any, prompts: Any, batch: Any, run: Any = engine.run) -> Any:
             batches.append(batch)
