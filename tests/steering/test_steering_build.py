@@ -1,4 +1,4 @@
-"""v* is the float64 mean of the displacements of the rows asked for."""
+"""v* is the mean of the displacements asked for; principal directions are their eigenvectors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from planted import PROMPTS, planted_pair
 
-from dsteer.activations.extract import PairedActivations
+from dsteer.activations.accumulate import accumulate, accumulate_splits
+from dsteer.activations.extract import PairedActivations, extract
 from dsteer.activations.storage import States
 from dsteer.data.tokens import Encoded, hash_ids
 from dsteer.errors import MeasurementError
+from dsteer.geometry.spectrum import spectrum
 from dsteer.steering import build
-from dsteer.steering.build import mean_difference
+from dsteer.steering.build import mean_difference, principal_directions
 from dsteer.steering.vector import SteeringVectorSet
 
 N, D = 11, 4
@@ -77,3 +80,83 @@ def test_no_rows_and_bad_states_are_refused() -> None:
         mean_difference(paired(torch.ones(D)), rows=slice(5, 5))
     with pytest.raises(MeasurementError, match="not finite"):
         mean_difference(paired(torch.full((D,), math.inf)))
+
+
+# ------------------------------------------------------------------------------ directions
+
+
+def displaced(delta: torch.Tensor) -> PairedActivations:
+    """Acts with these displacements (N, D) at one site, whose base is zero."""
+    n = len(delta)
+    return PairedActivations(
+        States.hold({"final_norm": torch.zeros_like(delta)}),
+        States.hold({"final_norm": delta}),
+        ("final_norm",),
+        "prompt_last",
+        tuple(Encoded((1, i), 2, False) for i in range(n)),
+        tuple(range(n + 1)),
+    )
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("n", [5, 30])
+def test_principal_directions_are_eigenvectors(n: int, centred: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    scale = torch.tensor([4.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05])
+    delta = torch.randn(n, 7, generator=generator) * scale + 1
+    sets = principal_directions(displaced(delta), 3, centred=centred)
+    rows = delta.double().numpy()
+    rest = rows - rows.mean(axis=0) if centred else rows
+    values, vectors = np.linalg.eigh(rest.T @ rest)
+    for j, found in enumerate(sets):
+        v = found["final_norm"]
+        assert v.norm == pytest.approx(1, rel=1e-12)
+        assert abs(v.tensor.numpy() @ vectors[:, -1 - j]) == pytest.approx(1, rel=1e-9)
+        assert v.metadata["n"] == n
+        assert v.metadata["singular_value"] == pytest.approx(values[-1 - j] ** 0.5, rel=1e-9)
+        assert v.metadata["share"] == pytest.approx(values[-1 - j] / values.sum(), rel=1e-9)
+        side = v.tensor[v.tensor.abs().argmax()] if centred else (rows @ v.tensor.numpy()).mean()
+        assert side > 0
+        assert found.metadata["direction_number"] == j + 1
+        assert found.metadata["centred"] is centred
+    first = spectrum(rows, centred=centred).first_right
+    assert first is not None
+    torch.testing.assert_close(sets[0]["final_norm"].tensor, first, rtol=0, atol=1e-9)
+
+
+def test_one_shared_shift_has_one_direction() -> None:
+    b = torch.linspace(-1, 2, D)
+    first, second = principal_directions(displaced(b.expand(6, D).clone()), 2)
+    v = first["final_norm"]
+    torch.testing.assert_close(v.tensor, (b / b.norm()).double(), rtol=0, atol=1e-6)
+    assert v.metadata["share"] == pytest.approx(1, rel=1e-12)
+    assert second["final_norm"].undefined
+    (centred,) = principal_directions(displaced(b.expand(6, D).clone()), centred=True)
+    assert centred["final_norm"].undefined
+    assert centred["final_norm"].metadata["singular_value"] == 0
+
+
+def test_directions_of_moments_are_those_of_the_states() -> None:
+    planted = planted_pair(1, hidden_size=16, num_hidden_layers=2, intermediate_size=24)
+    acts, moments = extract(planted.pair, PROMPTS), accumulate(planted.pair, PROMPTS)
+    for of_acts, of_moments in zip(
+        principal_directions(acts, 2), principal_directions(moments, 2), strict=True
+    ):
+        assert of_acts.metadata == of_moments.metadata
+        v = of_acts["final_norm"]
+        # a moment's rounding, 1e-16 of σ₁², by the gap to the next
+        torch.testing.assert_close(v.tensor, of_moments["final_norm"].tensor, rtol=0, atol=1e-7)
+        assert v.metadata["share"] == pytest.approx(of_moments["final_norm"].metadata["share"])
+    b = planted.b.double() / planted.b.double().norm()
+    found = principal_directions(acts)[0]["resid_post.1"].tensor
+    torch.testing.assert_close(found, b, rtol=0, atol=1e-5)  # float32 states
+    split = accumulate_splits(planted.pair, {"fit": PROMPTS}, spectra=(), nulls=())
+    bare = split.moments["fit"]
+    with pytest.raises(MeasurementError, match="hold no matrix of displacements"):
+        principal_directions(bare)
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_no_such_direction_is_refused(k: int) -> None:
+    with pytest.raises(MeasurementError, match=f"{k} principal directions of 6 states of width 4"):
+        principal_directions(displaced(torch.ones(6, D)), k)
