@@ -7,7 +7,6 @@ Log-softmax and all sums are in float64.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +17,8 @@ from transformers import PreTrainedModel
 
 from dsteer.activations.inputs import Inputs, decoder_shift
 from dsteer.data.tokens import Encoded
-from dsteer.geometry.intervals import Interval, bootstrap_mean, bootstrap_ratio
-from dsteer.geometry.logits import kl_divergence
+from dsteer.geometry.intervals import Interval, bootstrap_mean, bootstrap_ratio, wilson
+from dsteer.geometry.logits import float64, kl_divergence
 from dsteer.models.placement import execution_device
 from dsteer.models.seq2seq import start_ids
 from dsteer.progress import SILENT, Reporter
@@ -80,15 +79,10 @@ def log_likelihoods(model: PreTrainedModel, items: Sequence[Continuation]) -> Fl
         for index, item, logits in zip(
             batch, chosen, continuation_logits(model, chosen), strict=True
         ):
-            log_p = _float64(logits).log_softmax(1)
+            log_p = float64(logits).log_softmax(1)
             targets = torch.tensor(item.tokens, device=log_p.device)
             result[index] = log_p.gather(1, targets[:, None]).sum()
     return result
-
-
-def _float64(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """In float64, on the CPU where the device has none."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
@@ -136,22 +130,6 @@ def curve_point(margins: Float[Tensor, " n"]) -> Curve:
         accuracy=float((margins > 0).double().mean()),
         margin=float(margins.mean()),
     )
-
-
-def wilson(successes: int, n: int, effective_n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a share: it stays honest at 0 and 1, where a bootstrap collapses.
-
-    Args:
-        successes: how many of n.
-        n: trials.
-        effective_n: independent trials (conversations), from which the width comes.
-        confidence: coverage asked for.
-    """
-    z = math.sqrt(2) * float(torch.erfinv(torch.tensor(confidence, dtype=torch.float64)))
-    p, m = successes / n, effective_n
-    centre = (p + z * z / (2 * m)) / (1 + z * z / m)
-    half = z / (1 + z * z / m) * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
 @dataclass(frozen=True)
@@ -244,5 +222,5 @@ def _kl_sums(
 ) -> Float[Tensor, " n"]:
     """Σ over tokens of KL(p‖q), one a text, in nats."""
     return torch.stack(
-        [kl_divergence(_float64(a), _float64(b)).sum().cpu() for a, b in zip(p, q, strict=True)]
+        [kl_divergence(float64(a), float64(b)).sum().cpu() for a, b in zip(p, q, strict=True)]
     )

@@ -70,7 +70,7 @@ def margin_gradients(
     anatomy = Anatomy.of(model)
     found: list[tuple[float, dict[str, Tensor], dict[str, Tensor]]] = []
     with (
-        _frozen(model),
+        frozen(model),
         _States(anatomy, sites) as states,
         torch.enable_grad(),
         reporter.bar("gradients", len(examples), unit="pair") as advance,
@@ -120,7 +120,7 @@ def _one(
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient and no module trains; both flags return afterwards."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = [module for module in model.modules() if module.training]

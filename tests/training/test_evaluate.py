@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsteer.config import TinyModelConfig
+from dsteer.geometry.intervals import wilson
 from dsteer.models.tiny import build_model, build_tokenizer
 from dsteer.training import evaluate as module
 from dsteer.training.evaluate import (
@@ -22,7 +23,6 @@ from dsteer.training.evaluate import (
     noise_floor,
     pair_likelihoods,
     reward_margins,
-    wilson,
 )
 from dsteer.training.examples import Example
 
