@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -26,6 +27,7 @@ def diagnose(
     metrics: Mapping[str, Json],
     degenerate: Sequence[float],
     held_out_cosine: float | None,
+    baselines: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """Sentences about one sweep, from its result.
 
@@ -36,6 +38,7 @@ def diagnose(
         metrics: as the result describes them.
         degenerate: share of degenerate texts at each strength.
         held_out_cosine: mean cosine of test displacements with v* at the site.
+        baselines: arms without a direction, and what they are called.
     """
     said = []
     if held_out_cosine is not None and held_out_cosine < HETEROGENEOUS:
@@ -47,6 +50,7 @@ def diagnose(
     said += _too_far(strengths, metrics, degenerate)
     said += _reach(start, strengths, metrics)
     said += _like_random(strengths, metrics)
+    said += _like_baselines(strengths, metrics, baselines)
     said += _direction(strengths, metrics)
     return said
 
@@ -135,6 +139,33 @@ def _like_random(strengths: Sequence[float], metrics: Mapping[str, Json]) -> lis
     return [
         f"At λ = 1 v* does no more than a random direction of its norm to: {', '.join(inside)}."
     ]
+
+
+def _like_baselines(
+    strengths: Sequence[float], metrics: Mapping[str, Json], baselines: Mapping[str, str]
+) -> list[str]:
+    """The rule of random directions, with a baseline's interval for their band."""
+    if 1.0 not in strengths:
+        return []
+    at = list(strengths).index(1.0)
+    said = []
+    for arm, label in baselines.items():
+        inside = []
+        for key in ("kl_recovered", "reward_margin"):
+            if key not in metrics:
+                continue
+            mine, its = (metrics[key]["curves"][name][at] for name in ("v", arm))
+            if mine is None or its is None:
+                continue
+            low, high = (its["value"] if its[end] is None else its[end] for end in ("low", "high"))
+            low = -np.inf if key == "kl_recovered" else low
+            if low <= mine["value"] <= high:
+                inside.append(metrics[key]["label"])
+        if inside:
+            said.append(
+                f"At λ = 1 v* does no more than the baseline ‘{label}’ to: {', '.join(inside)}."
+            )
+    return said
 
 
 def _direction(strengths: Sequence[float], metrics: Mapping[str, Json]) -> list[str]:

@@ -53,7 +53,7 @@ from dsteer.models.readout import Readout
 from dsteer.progress import Reporter
 from dsteer.steering.arms import Arm, Steering, same_without_hooks
 from dsteer.steering.decode import Decoded, Decoding, decode
-from dsteer.steering.intervene import Positions
+from dsteer.steering.intervene import Operation, Positions
 from dsteer.steering.vector import SteeringVector, SteeringVectorSet
 from dsteer.store import Json, atomic_path, read_json, write_json
 from dsteer.training.evaluate import Continuation
@@ -83,6 +83,7 @@ class Study:
         vectors: v* a site.
         preference: the mean e_w − e_l, at final_norm, if it is to be an arm of its own.
         held_out_cosine: a site's mean cosine of test displacements with its v*.
+        relative_norms: site → ‖v*‖ / mean ‖h_base‖ over the fit prompts, where v* is not zero.
         tune: pairs on which choices are made.
         test: pairs on which numbers are reported.
         synthetic: whether all of them are of the synthetic world.
@@ -101,6 +102,7 @@ class Study:
     vectors: SteeringVectorSet
     preference: SteeringVector | None
     held_out_cosine: Callable[[str], float | None]
+    relative_norms: Mapping[str, float]
     tune: Sequence[PreferencePair]
     test: Sequence[PreferencePair]
     synthetic: bool
@@ -173,6 +175,11 @@ class Study:
             vectors=vectors,
             preference=preference,
             held_out_cosine=held_out,
+            relative_norms={
+                site: found["relative_norm"]
+                for site, found in read_json(inputs["vector"] / "result.json")["sites"].items()
+                if not found["undefined"]
+            },
             tune=read_pairs(inputs["data"] / "tune.jsonl"),
             test=read_pairs(inputs["data"] / "test.jsonl"),
             synthetic=all(isinstance(s, SyntheticSource) for s in config.data.sources),
@@ -191,11 +198,23 @@ class Study:
 
 @dataclass(frozen=True)
 class _Named:
-    """A direction with its name, and the tokens that it acts on."""
+    """An arm with its name, and the tokens that it acts on.
+
+    Attributes:
+        label: how reports call it.
+        vector: its direction; of ``scale`` only the site counts.
+        positions: the tokens.
+        operation: what is done, see :mod:`dsteer.steering.intervene`.
+        unit: the operation's strength at λ = 1.
+        seed: of ``noise``.
+    """
 
     label: str
     vector: SteeringVector
     positions: Positions
+    operation: Operation = "add"
+    unit: float = 1.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -380,7 +399,13 @@ class _Run:
             self.absent.append((name, "no text of any arm has a value"))
         texts = self._text_counts(written)
         diagnoses = diagnose(
-            start, site, strengths, metrics, texts["degenerate"], study.held_out_cosine(site)
+            start,
+            site,
+            strengths,
+            metrics,
+            texts["degenerate"],
+            study.held_out_cosine(site),
+            {name: arms[name].label for name in config.baselines},
         )
         self._save(written)
         explorer = study.folder / "explorer.json"
@@ -413,6 +438,8 @@ class _Run:
                     "site": arm.vector.site,
                     "norm": arm.vector.norm,
                     "positions": arm.positions,
+                    "operation": arm.operation,
+                    "unit": arm.unit,
                     "generated": True,
                 }
                 for name, arm in arms.items()
@@ -547,6 +574,13 @@ class _Run:
         arms = tuple(Arm(v.tensor, self.study.sign * strength) for strength in strengths)
         return Steering(v.site, arms, positions=positions or self.positions)
 
+    def _steered(self, arm: _Named) -> Steering:
+        """An arm at every strength of the grid."""
+        steering = self._steering(
+            arm.vector, [arm.unit * strength for strength in self.strengths], arm.positions
+        )
+        return replace(steering, operation=arm.operation, seed=arm.seed)
+
     # ------------------------------------------------------------------ arms
 
     def _arms(self, site: str) -> dict[str, _Named]:
@@ -576,14 +610,38 @@ class _Run:
                 f"v* acts on the tokens {self.positions!r}; the arms at final_norm act on all "
                 "tokens, as in the paper."
             )
+        arms |= self._baselines(vectors[site])
         block = block_of(site)
         last = site == FINAL_NORM or block == self.pair.n_blocks - 1
+        if "amplify" in arms and block == self.pair.n_blocks - 1:
+            self.notes.append(
+                f"At {site} no block follows: the last norm, where there is one, takes an "
+                "amplification away again, so the layer amplified does nothing until its factor "
+                "falls below 0."
+            )
         if self.positions == "prompt_last" and last:
             self.notes.append(
                 f"At {site} the last prompt token alone is steered, and no block follows: only the "
                 "first token of an answer is chosen otherwise, and curves level off."
             )
         return arms
+
+    def _baselines(self, v: SteeringVector) -> dict[str, _Named]:
+        """The arms without a direction; at equal λ they shift a state about as far as v*.
+
+        ``noise`` shifts each state by ±λ‖v*‖ exactly. ``amplify`` multiplies it by 1 ± λr with
+        r = ‖v*‖ / mean ‖h_base‖, so that the mean shift of the base's states at the fit prompts is
+        λ‖v*‖; the shift of one state is in proportion to its norm.
+        """
+        every = {
+            "amplify": _Named(
+                "layer amplified", v, self.positions, "scale", self.study.relative_norms[v.site]
+            ),
+            "noise": _Named(
+                "seeded noise", v, self.positions, "noise", seed=self.study.seed("noise")
+            ),
+        }
+        return {name: every[name] for name in self.config.baselines}
 
     def _random_directions(self, v: SteeringVector) -> list[SteeringVector]:
         rng = np.random.default_rng(self.study.seed("random directions"))
@@ -614,8 +672,7 @@ class _Run:
             readout = self._readout(study.start, model)
             for name, arm in arms.items():
                 found[name] = score(
-                    model, test.texts, self._steering(arm.vector, strengths, arm.positions),
-                    readout, aims,
+                    model, test.texts, self._steered(arm), readout, aims,
                     reporter=self.reporter, label=f"teacher-forced, {arm.label}",
                 )  # fmt: skip
             many = [
@@ -716,9 +773,12 @@ class _Run:
         study, strengths = self.study, self.strengths
         written: dict[str, list[Generated]] = {}
         for name, arm in arms.items():
-            steering = self._steering(arm.vector, strengths, arm.positions)
             made = self._decode(
-                study.start, self.encoded, steering, f"texts, {arm.label}", f"texts-{name}"
+                study.start,
+                self.encoded,
+                self._steered(arm),
+                f"texts, {arm.label}",
+                f"texts-{name}",
             )
             written[name] = _generated(made)
         few = draws[: self.config.random_generations]

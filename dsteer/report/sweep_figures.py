@@ -36,12 +36,14 @@ from dsteer.report.style import (
     INK,
     ORANGE,
     PURPLE,
+    SKY,
     VERMILLION,
     WIDE,
     Drawing,
+    Line,
     Mark,
 )
-from dsteer.report.sweep_values import MAIN, collapse, main_metrics
+from dsteer.report.sweep_values import MAIN, baselines, collapse, main_metrics
 from dsteer.report.values import (
     at,
     estimate,
@@ -55,12 +57,14 @@ from dsteer.report.values import (
 )
 from dsteer.store import Json
 
-_MARKS = {
+_MARKS: dict[str, tuple[str, Line, str]] = {
     "v": (BLUE, "-", "o"),
     "final_norm": (ORANGE, "--", "s"),
     "preference": (VERMILLION, "-.", "^"),
+    "amplify": (SKY, (0, (4, 1, 1, 1, 1, 1)), "P"),
+    "noise": (PURPLE, (0, (2, 1)), "X"),
 }
-_OTHER_ARM = (PURPLE, ":", "v")
+_OTHER_ARM: tuple[str, Line, str] = (PURPLE, ":", "v")
 _RANDOM = "#bdbdbd"
 _HATCH = "#c2c2c2"
 _WORST = (0, (1, 1))
@@ -393,10 +397,12 @@ def _caption(name: str, result: dict[str, Json], names: Sequence[str], flags: se
     start, target = (str(result.get(key) or f"{key} model") for key in ("start", "target"))
     sign = "−" if result.get("sign") == -1 else "+"
     every = list(mapping(result.get("metrics")))
+    others = baselines(result)
     norms = ", ".join(
         f"{at(arm, 'label') or key} {number(point(at(arm, 'norm')))}"
         + ("" if at(arm, "generated") is not False else " (no texts generated)")
         for key, arm in mapping(result.get("arms")).items()
+        if key not in others
     )
     said = [
         f"Figure {name[3:5]}. Metrics of the {start} model {sign} λv at {result.get('site')} on "
@@ -410,6 +416,8 @@ def _caption(name: str, result: dict[str, Json], names: Sequence[str], flags: se
         f"own vector, of norm: {norms}.",
         f"Dashed: the {target} model's own level; dotted: the {start} model's.",
     ]
+    if others:
+        said.append(f"Baselines at v*'s site: {'; '.join(others.values())}.")
     if "random" in flags:
         draws = {
             str(at(metric, "source")): at(metric, "random", "draws")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsteer.report.sweep_values import best, nearest
+from dsteer.report.sweep_values import baselines, best, nearest
 from dsteer.report.tables import Column, Table
 from dsteer.report.values import (
     DASH,
@@ -52,6 +52,7 @@ def _name(key: str, metric: Json) -> str:
 
 def _set_up(stage: str, sweep: dict[str, Json]) -> Table:
     grid, sham = mapping(sweep.get("grid")), mapping(sweep.get("sham"))
+    others = baselines(sweep)
     sign = "−" if sweep.get("sign") == -1 else "+"
     facts = {
         "operation": f"{plain(sweep.get('start'))} model, state {sign} λ v",
@@ -68,7 +69,9 @@ def _set_up(stage: str, sweep: dict[str, Json]) -> Table:
         "norms of the arms' vectors": "; ".join(
             f"{at(arm, 'label') or key} {number(point(at(arm, 'norm')))} ({plain(at(arm, 'site'))})"
             for key, arm in mapping(sweep.get("arms")).items()
+            if key not in others
         ),
+        "baselines": "; ".join(others.values()),
         "random directions of the same norm": f"{count(at(sweep, 'random', 'draws'))}, "
         f"on generated texts {count(at(sweep, 'random', 'generated'))}"
         if sweep.get("random")
@@ -158,17 +161,22 @@ def _metrics(stage: str, sweep: dict[str, Json]) -> Table:
 
 def _arms(stage: str, sweep: dict[str, Json]) -> Table:
     """The arms side by side at the strength nearest 1."""
-    arms, one = mapping(sweep.get("arms")), nearest(sweep, 1.0)
+    arms, one, others = mapping(sweep.get("arms")), nearest(sweep, 1.0), baselines(sweep)
     strength = plain(at(sweep, "strengths", one)) if one is not None else DASH
     return Table(
         f"{stage}-arms",
-        f"The arms side by side at λ = {strength} (each adds its own vector; – is not measured).",
+        f"The arms side by side at λ = {strength} (each adds its own vector"
+        + (", but for the baselines" if others else "")
+        + "; – is not measured).",
         [
             Column("metric", text=True),
             *(
                 Column(
                     str(at(arm, "label") or key),
-                    f"at {plain(at(arm, 'site'))}, of norm {number(point(at(arm, 'norm')))}",
+                    others.get(
+                        key,
+                        f"at {plain(at(arm, 'site'))}, of norm {number(point(at(arm, 'norm')))}",
+                    ),
                 )
                 for key, arm in arms.items()
             ),

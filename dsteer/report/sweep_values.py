@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsteer.report.values import at, items, mapping, point, real
+from dsteer.report.values import at, items, mapping, number, point, real
 from dsteer.store import Json
 
 SWEEPS = ("interpolation", "inversion")
@@ -80,6 +80,22 @@ def collapse(result: dict[str, Json]) -> tuple[float | None, float | None]:
         max((strength for strength in fallen if strength < 0), default=None),
         min((strength for strength in fallen if strength >= 0), default=None),
     )
+
+
+def baselines(result: dict[str, Json]) -> dict[str, str]:
+    """The arms that do something else than add a vector, and how each acts, in words."""
+    sign = "−" if result.get("sign") == -1 else "+"
+    said = {}
+    for key, arm in mapping(result.get("arms")).items():
+        label, unit = at(arm, "label") or key, number(point(at(arm, "unit")))
+        if at(arm, "operation") == "scale":
+            said[key] = (
+                f"{label}, the state times 1 {sign} {unit} λ, where {unit} is ‖v*‖ over the mean "
+                "norm of the base's states on fit prompts"
+            )
+        elif at(arm, "operation") == "noise":
+            said[key] = f"{label}, {sign} λ‖v*‖ along a direction drawn anew for each token"
+    return said
 
 
 def nearest(result: dict[str, Json], strength: float) -> int | None:

@@ -9,6 +9,7 @@ import pytest
 
 from dsteer.behaviour.diagnoses import diagnose
 
+SITE = "resid_post.2"
 GRID = (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
 HEALTHY = (-0.8, 0.0, 0.6, 0.96, 0.4, -3.0)
 CLEAN = (0.1, 0.0, 0.0, 0.1, 0.2, 0.4)
@@ -169,6 +170,32 @@ def test_no_more_than_a_random_direction() -> None:
     away = metric([0.5, 0.0, -0.2, -0.32, -0.4, -0.5], 2.0, (-0.31, 0.31), label="reward")
     assert not any(band in s for s in say(reward_margin=away))
     assert not any(band in s for s in say(recovered=curve, random=None))
+
+
+def test_no_more_than_a_baseline() -> None:
+    def with_noise(value: float, noise: float | None, half: float = 0.02) -> list[str]:
+        kl = metric((-0.8, 0.0, value / 2, value, 0.4, -3.0), 1.0, label="KL recovered")
+        kl["curves"]["noise"] = [interval(noise, half)] * len(GRID)
+        metrics = {"kl_recovered": kl}
+        said = diagnose("base", SITE, GRID, metrics, CLEAN, 0.95, {"noise": "seeded noise"})
+        return [words for words in said if "baseline" in words]
+
+    same = ["At λ = 1 v* does no more than the baseline ‘seeded noise’ to: KL recovered."]
+    assert with_noise(0.5, 0.49) == same  # inside of 0.47 to 0.51
+    assert with_noise(0.3, 0.49) == same  # worse
+    assert with_noise(0.52, 0.49) == []
+    assert with_noise(0.52, 0.49, half=0.04) == same
+    assert with_noise(0.3, None) == []
+
+    reward = metric([-0.5, 0.0, 0.2, 0.3, 0.4, 0.5], 2.0, label="reward")
+    kl = metric(HEALTHY, 1.0, label="KL recovered")
+    kl["curves"]["noise"] = [interval(0.0)] * len(GRID)
+    bare = {"value": 0.3, "low": None, "high": None, "n": 1}
+    for point, wanted in ((bare, 1), (interval(0.31), 1), (interval(0.4), 0), (interval(0.2), 0)):
+        reward["curves"]["noise"] = [point] * len(GRID)
+        metrics = {"kl_recovered": kl, "reward_margin": reward}
+        said = diagnose("base", SITE, GRID, metrics, CLEAN, 0.95, {"noise": "seeded noise"})
+        assert sum("baseline ‘seeded noise’ to: reward." in words for words in said) == wanted
 
 
 def test_one_way_or_not() -> None:

@@ -43,6 +43,20 @@ _METRICS: dict[str, tuple[str, str, str | None, str, float, float]] = {
 }
 
 
+def with_baselines(result: dict[str, Any]) -> dict[str, Any]:
+    """The same sweep with both baselines, which do next to nothing for the target."""
+    kinds = (("amplify", "layer amplified", "scale", 0.25), ("noise", "seeded noise", "noise", 1.0))
+    for number, (name, label, operation, unit) in enumerate(kinds):
+        result["arms"][name] = {
+            **result["arms"]["v"], "label": label, "operation": operation, "unit": unit
+        }  # fmt: skip
+        for metric in result["metrics"].values():
+            start, target = metric["start"]["value"], metric["target"]["value"]
+            lost = [0.05 * (1 + number) * abs(target - start) * s * s for s in STRENGTHS]
+            metric["curves"][name] = [_interval(start - less, 0.01) for less in lost]
+    return result
+
+
 def sweep(direction: str, *, collapsed: bool = True) -> dict[str, Any]:
     """A result in the form of the stages; inverting swaps start and target."""
     inverse = direction == "inversion"

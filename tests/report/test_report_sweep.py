@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fabricate import edited, fabricate
-from fabricate_sweep import NASTY, STRENGTHS, explorer, sweep
+from fabricate_sweep import NASTY, STRENGTHS, explorer, sweep, with_baselines
 from matplotlib.patches import Polygon, Rectangle
 
 from dsteer.report import figures
@@ -24,7 +24,7 @@ from dsteer.report.explorer import embedded
 from dsteer.report.explorer import explorer as explorer_of
 from dsteer.report.headline import headline
 from dsteer.report.html import write_report
-from dsteer.report.style import Drawing, styled
+from dsteer.report.style import PURPLE, SKY, Drawing, styled
 from dsteer.report.sweep_figures import (
     fig2a_all_metrics,
     fig2a_interpolation,
@@ -220,6 +220,36 @@ def test_single_strength_and_no_intervals() -> None:
         metric["worst"] = None
     result["texts"]["degenerate"] = [0.0]
     drawn(fig2a_interpolation, result)
+
+
+@pytest.mark.parametrize("direction", SWEEPS)
+def test_baselines_are_drawn_listed_and_told(direction: str) -> None:
+    result = with_baselines(sweep(direction))
+    drawing = drawn(fig2a_interpolation, result)
+    axes = panel(drawing, "kl_recovered")
+    for name, colour in (("amplify", SKY), ("noise", PURPLE)):
+        (line,) = [line for line in axes.lines if line.get_color() == colour and line.get_lw() == 1]
+        wanted = [v["value"] for v in result["metrics"]["kl_recovered"]["curves"][name]]
+        assert np.asarray(line.get_ydata(), float) == pytest.approx(wanted)
+        assert drawing.data["metrics"]["kl_recovered"]["curves"][name][0]["value"] == wanted[0]
+    legend = [text.get_text() for text in drawing.figure.legends[0].get_texts()]
+    assert {"layer amplified", "seeded noise"} <= set(legend)
+    sign = "−" if direction == "inversion" else "+"
+    words = f"layer amplified, the state times 1 {sign} 0.250 λ"
+    caption = drawing.data["caption"]
+    assert words in caption
+    assert "layer amplified 3.10" not in caption  # it adds no vector
+    tables = {table.key: table for table in sweep_tables(result)}
+    rows = dict(tables[f"{direction}-set-up"].rows)
+    assert words in rows["baselines"]
+    assert "layer amplified" not in rows["norms of the arms' vectors"]
+    arms = tables[f"{direction}-arms"]
+    assert [column.title for column in arms.columns][-2:] == ["layer amplified", "seeded noise"]
+    assert arms.rows[0][-2:] == ["−0.0500 [−0.0600, −0.0400]", "−0.100 [−0.110, −0.0900]"]
+    told = " ".join(dict(headline({}, {direction: result}))[direction.capitalize()])
+    assert "layer amplified −5.0\u00a0%" in told
+    plain = next(t for t in sweep_tables(sweep(direction)) if t.key == f"{direction}-set-up")
+    assert "baselines" not in dict(plain.rows)
 
 
 # ---------------------------------------------------------------------------------- values

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "behaviour"))
 import test_behaviour_reward as reward_model
@@ -293,7 +294,7 @@ def test_a_killed_sweep_goes_on(
     planted: tuple[Path, Any], copied: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, settings = copied
-    own = decode._Shared.run
+    own = decode.Shared.run
     done: list[int] = []
 
     def dying(after: int) -> Callable[..., Any]:
@@ -308,12 +309,12 @@ def test_a_killed_sweep_goes_on(
     (run / "interpolation").mkdir()
     for _ in range(3):  # after the texts of v, of final_norm, and of the random direction
         done.clear()
-        monkeypatch.setattr(decode._Shared, "run", dying(3))
+        monkeypatch.setattr(decode.Shared, "run", dying(3))
         with pytest.raises(KeyboardInterrupt):
             sweep(run, settings, "interpolation")
     assert not (run / "interpolation" / "result.json").exists()
     done.clear()
-    monkeypatch.setattr(decode._Shared, "run", dying(-1))
+    monkeypatch.setattr(decode.Shared, "run", dying(-1))
     sweep(run, settings, "interpolation")
     assert len(done) == 3  # the sham twice, then what is left: the target's texts
     for name in ("result.json", "explorer.json", "generations.jsonl"):
@@ -341,6 +342,79 @@ def test_drawn_texts_are_the_targets_too(copied: tuple[Path, Any]) -> None:
     assert texts["v", 1.0] == texts["target", None] != texts["v", 0.0]  # the draws are shared
     assert not result["texts"]["greedy"]
     assert result["sham"]["texts_identical"]
+
+
+@BOTH
+def test_baselines_beside_v(copied: tuple[Path, Any], stage: str) -> None:
+    run, settings = copied
+    asked = {"baselines": ["noise", "amplify"], "random_generations": 0}
+    result = sweep(run, settings, stage, asked)
+    assert list(result["arms"]) == ["v", "final_norm", "noise", "amplify"]
+    assert values(result, "kl_recovered")[ONE] == pytest.approx(1, abs=1e-6)
+    for name, operation in (("amplify", "scale"), ("noise", "noise")):
+        arm, curve = result["arms"][name], values(result, "kl_recovered", name)
+        assert (arm["site"], arm["positions"], arm["operation"]) == (SITE, "all", operation)
+        assert curve[ZERO] == 0
+        assert all(value is not None and value < 0.9 for value in curve)
+        texts = rows(run / stage)
+        assert texts[name, 0.0] == texts["v", 0.0] != texts[name, 2.0]
+        assert len(result["metrics"]["perplexity"]["curves"][name]) == len(GRID)
+    assert not any("baseline" in said for said in result["diagnoses"])
+    assert not any("amplification" in note for note in result["notes"])
+
+    # by hand, from the models' own hidden states and a plain hook
+    pair, tokenizer = planted_pair(BLOCK), byte_tokenizer()
+
+    def ids(split: str) -> list[torch.Tensor]:
+        pairs = read_pairs(run / "data" / f"{split}.jsonl")
+        return [torch.tensor([item.ids]) for item in encode(tokenizer, [p.prompt for p in pairs])]
+
+    with torch.no_grad():
+        norms = [
+            float(pair.base(x, output_hidden_states=True).hidden_states[BLOCK + 1][0, -1].norm())
+            for x in ids("fit")
+        ]
+        unit = 2 / (sum(norms) / len(norms))  # ‖b‖ over the mean norm
+        assert result["arms"]["amplify"]["unit"] == pytest.approx(unit, rel=1e-4)
+        assert result["arms"]["noise"]["unit"] == 1
+        start, target = pair.base, pair.tuned
+        if stage == "inversion":
+            start, target = target, start
+        prompts = ids("test")[:8]
+        aims = [target(x).logits[0, -1].double().log_softmax(-1) for x in prompts]
+        for i, strength in enumerate(GRID):
+            factor = 1 + result["sign"] * strength * unit
+            handle = start.model.layers[BLOCK].register_forward_hook(
+                lambda _module, _inputs, out, by=factor: (
+                    (out[0] * by, *out[1:]) if isinstance(out, tuple) else out * by
+                )
+            )
+            found = [start(x).logits[0, -1].double().log_softmax(-1) for x in prompts]
+            handle.remove()
+            kl = [float((p.exp() * (p - q)).sum()) for p, q in zip(aims, found, strict=True)]
+            # float32 states, of a file against fresh ones
+            assert values(result, "kl_first_token", "amplify")[i] == pytest.approx(
+                sum(kl) / 8, rel=1e-3
+            )
+
+
+def test_baselines_behind_the_last_block(copied: tuple[Path, Any]) -> None:
+    """Noise is as seeded, and the last norm takes an amplification away again."""
+    run, settings = copied
+    few = {"baselines": ["amplify", "noise"], "site": "resid_post.3", "positions": "all"}
+    few |= {"strengths": [0.0, 0.5, 1.0], "pairs": 2, "prompts": 2, "bootstrap": 2}
+    few |= {"random_directions": 2, "random_generations": 0}
+
+    def measured(seed: int) -> Json:
+        return sweep(run, {**settings, "seed": seed}, "interpolation", few)
+
+    one, same, other = (measured(seed) for seed in (0, 0, 1))
+    noise = [values(result, "kl_recovered", "noise") for result in (one, same, other)]
+    assert noise[0] == noise[1]
+    assert noise[0][1:] != noise[2][1:]
+    # but for the norm's epsilon, 1e-6 beside states of mean square about 1
+    assert values(one, "kl_recovered", "amplify") == pytest.approx([0, 0, 0], abs=1e-5)
+    assert any("takes an amplification away again" in note for note in one["notes"])
 
 
 def test_positions_alone_can_be_chosen(copied: tuple[Path, Any]) -> None:
