@@ -378,5 +378,11 @@ def _short(value: Any) -> str:
     return str(value)
 
 
+from dsteer.cli import build as _build  # noqa: E402, F401
 from dsteer.cli import compare as _compare  # noqa: E402, F401
+from dsteer.cli import exchange as _exchange  # noqa: E402, F401
+from dsteer.cli import learn as _learn  # noqa: E402, F401
+from dsteer.cli import serve as _serve  # noqa: E402, F401
+from dsteer.cli import steer as _steer  # noqa: E402, F401
 from dsteer.cli import transfer as _transfer  # noqa: E402, F401
+from dsteer.cli import vectors as _vectors  # noqa: E402, F401
