@@ -133,6 +133,14 @@ class SyntheticSource(Section):
         description="Where a pair's two answers differ: in all poles and words, or (minimal pairs) "
         "only in the words of axes with a weight.",
     )
+    styled: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of prompts with an earlier turn whose style (its poles but `brief` and "
+        "`declines`) the answers keep, but for the axes with a weight; 0: such turns are fewer and "
+        "say nothing about the answers.",
+    )
     seed: int = 0
     use: tuple[SplitName, ...] = SPLITS
 
@@ -446,6 +454,10 @@ class GeometryConfig(Section):
 SteeredPositions = Literal["auto", "all", "prompt", "prompt_last", "generated"]
 
 
+Baseline = Literal["amplify", "noise"]
+"""A simple arm of a sweep beside v*."""
+
+
 class SweepConfig(Section):
     """Turn the strength λ of v*, generate, and measure; v* is added to, or taken from, a model."""
 
@@ -477,6 +489,11 @@ class SweepConfig(Section):
         20, ge=2, description="Norm-matched random directions of the teacher-forced metrics."
     )
     random_generations: int = Field(3, ge=0, description="Those of them that also generate.")
+    baselines: tuple[Baseline, ...] = Field(
+        (),
+        description="Simple arms beside v*, at its site and on its tokens, whose shift is as long: "
+        "amplify (the state longer or shorter) and noise (seeded, another direction each token).",
+    )
     memory_mb: PositiveInt = Field(1024, description="Memory for cached keys, values and logits.")
     samples: str = Field(
         "auto",
@@ -511,6 +528,13 @@ class SweepConfig(Section):
                 f"{self.random_directions}: expected no more"
             )
         return self
+
+    @field_validator("baselines")
+    @classmethod
+    def _each_once(cls, value: tuple[Baseline, ...]) -> tuple[Baseline, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{', '.join(value)}: expected each baseline once")
+        return value
 
     @field_validator("strengths")
     @classmethod
@@ -728,6 +752,147 @@ class TransferConfig(Section):
         return self
 
 
+class LearnedConfig(Section):
+    """Learn vectors under the DPO loss, the base frozen, and hold them against v*."""
+
+    sites: tuple[str, ...] = Field(
+        ("auto",),
+        min_length=1,
+        description="Where a vector is learned, at each site by itself; auto: where v* recovers "
+        "most KL on the tune pairs.",
+    )
+    positions: SteeredPositions = Field(
+        "auto",
+        description="Tokens that are steered; auto: of all, prompt_last and generated the one that "
+        "suits v* best at the site, on the tune pairs.",
+    )
+    starts: tuple[Literal["zero", "vector"], ...] = Field(
+        ("zero", "vector"), min_length=1, description="What learning begins with; vector: v*."
+    )
+    max_norm: tuple[Literal["none", "vector"], ...] = Field(
+        ("none", "vector"),
+        min_length=1,
+        description="The largest norm of a learned vector; vector: that of v*. Each start is "
+        "learned with each bound.",
+    )
+    split: Literal["fit", "train"] = Field(
+        "fit", description="Pairs that are learned from: those that v* is fitted on, or DPO's."
+    )
+    steps: PositiveInt = 100
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = Field(
+        0.1,
+        description="How far a step can move a vector, as a share of the norm of the base's "
+        "states; falls to 0 as half a cosine.",
+    )
+    eval_every: PositiveInt = Field(
+        10, description="Steps between two readings of the loss on tune pairs."
+    )
+    tune_pairs: PositiveInt = Field(
+        64, description="Tune pairs on which steps, strengths of v* and the site are chosen."
+    )
+    pairs: PositiveInt = Field(128, description="Test pairs on which all are measured.")
+    max_length: PositiveInt = Field(
+        512, description="Tokens of a text: longer prompts are left out, answers lose their end."
+    )
+    strengths: tuple[PositiveFloat, ...] = Field(
+        (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
+        min_length=2,
+        description="The λ of v* to choose from.",
+    )
+    random_directions: int = Field(
+        20, ge=20, description="Random directions, of the norm of v* and of the learned vector."
+    )
+    random_pairs: PositiveInt = Field(32, description="Test pairs on which these are measured.")
+    bootstrap: PositiveInt = 1000
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+    @field_validator("sites")
+    @classmethod
+    def _are_sites(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for site in value:
+            if not re.fullmatch(f"auto|{SITE}", site):
+                raise ValueError(
+                    f"{site!r} is no site: expected auto, resid_post.K, final_norm or encoder"
+                )
+        return value
+
+    @field_validator("strengths")
+    @classmethod
+    def _rising(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(a >= b for a, b in pairwise(value)):
+            raise ValueError("needs strengths in rising order")
+        return value
+
+
+class ControlConfig(Section):
+    """Dial planted axes of the synthetic world by contrast vectors in the base model."""
+
+    axes: tuple[str, ...] = Field(
+        ("enthusiastic", "numbered"),
+        min_length=1,
+        description="The axes, each with its own vector; the first two are dialled at once too.",
+    )
+    pairs: PositiveInt = Field(200, description="Contrast pairs an axis, written on fit prompts.")
+    read: tuple[Literal["last", "mean"], ...] = Field(
+        ("last", "mean"),
+        min_length=1,
+        description="Where states of the pairs are read, to choose from: at the last token, from "
+        "which the pole is decided, or the mean over all tokens.",
+    )
+    sites: Literal["auto"] | tuple[str, ...] = Field(
+        "auto", description="Where vectors may act; auto: after any block."
+    )
+    positions: SteeredPositions = Field(
+        "auto", description="Tokens that are steered; auto: all or generated, chosen with the site."
+    )
+    strengths: tuple[PositiveFloat, ...] = Field(
+        (0.125, 0.25, 0.5, 0.75, 1.0),
+        min_length=1,
+        description="The λ to choose from, in units of the mean norm of the states that were read.",
+    )
+    most_degenerate: float = Field(
+        0.1, ge=0, le=1, description="Share of degenerate tune answers that a choice may have."
+    )
+    tune_prompts: PositiveInt = Field(64, description="Tune prompts on which choices are made.")
+    prompts: PositiveInt = Field(128, description="Test prompts that are answered.")
+    max_new_tokens: PositiveInt = 96
+    max_tokens: PositiveInt = Field(768, description="Longer prompts are cut on the left, counted.")
+    temperature: float = Field(1.0, ge=0, lt=math.inf, description="0: greedy.")
+    stop: tuple[str, ...] = Field(
+        ("\n\nHuman:",), description="A generated text ends before the first of these."
+    )
+    nulls: int = Field(20, ge=20, description="Norm-matched random directions an axis.")
+    memory_mb: PositiveInt = Field(1024, description="Memory for cached keys, values and logits.")
+    bootstrap: PositiveInt = 1000
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+    @field_validator("axes", "read")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        twice = [name for name in value if value.count(name) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]!r} stands there twice; name each once")
+        return value
+
+    @field_validator("sites")
+    @classmethod
+    def _blocks(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("name at least one site, or auto")
+        for site in () if isinstance(value, str) else value:
+            if not re.fullmatch(r"resid_post\.(0|[1-9]\d*)", site):
+                raise ValueError(f"{site!r} is no site after a block: expected resid_post.K")
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("an empty string would end every text before it begins")
+        return value
+
+
 class ReportConfig(Section):
     """The figures and the one-file report."""
 
@@ -750,9 +915,11 @@ class PipelineConfig(Section):
     spectrum: SpectrumConfig | None = None
     template: TemplateConfig | None = None
     geometry: GeometryConfig | None = None
+    learned: LearnedConfig | None = None
     interpolation: InterpolationConfig | None = None
     inversion: InversionConfig | None = None
     transfer: TransferConfig | None = None
+    control: ControlConfig | None = None
     behaviour: BehaviourConfig = BehaviourConfig()
     report: ReportConfig | None = None
     comparison: ComparisonConfig = ComparisonConfig()
@@ -796,6 +963,13 @@ class PipelineConfig(Section):
             if getattr(self, stage) is not None and not (has_base and has_tuned):
                 raise ValueError(
                     f"{stage} {need} a pair: give models.base or base, and models.tuned or dpo"
+                )
+        if self.control is not None:
+            if not has_base:
+                raise ValueError("control needs a model: give models.base or base")
+            if not any(isinstance(source, SyntheticSource) for source in self.data.sources):
+                raise ValueError(
+                    "control needs a source of format synthetic: its oracles are of that world"
                 )
         return self
 
@@ -902,7 +1076,7 @@ def _has_below(location: Sequence[object], mistakes: Sequence[Any]) -> bool:
 STAGE_SECTIONS = frozenset(
     {
         "base", "dpo", "activations", "vector", "cosine", "spectrum", "template", "geometry",
-        "interpolation", "inversion", "transfer", "report",
+        "learned", "interpolation", "inversion", "transfer", "control", "report",
     }
 )  # fmt: skip
 

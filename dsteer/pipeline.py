@@ -95,7 +95,7 @@ def outside_inputs(stage: str, config: PipelineConfig) -> dict[str, str | None]:
         for index, source in enumerate(config.data.sources):
             if source.format != "synthetic":
                 add(f"data.sources.{index}.path", source.path, source.revision, "dataset")
-    if stage in {"dpo", "activations", "template"}:
+    if stage in {"dpo", "activations", "template", "control"}:
         add("models.base", models.base, models.base_revision, "model")
         add("models.tokenizer", models.tokenizer, None, "model")
         add("models.chat_template", models.chat_template, None, "model")

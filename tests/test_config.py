@@ -209,6 +209,8 @@ def test_configs_are_frozen() -> None:
         ("stop: ['']", "an empty string"),
         ("temperature: .inf", "less than inf"),
         ("{random_directions: 2, random_generations: 3}", "expected no more"),
+        ("{baselines: [noise, noise]}", "expected each baseline once"),
+        ("{baselines: [silence]}", "'amplify' or 'noise'"),
         ("points: 5", "greater than or equal to 9"),
     ],
 )
@@ -216,6 +218,53 @@ def test_mistakes_of_a_sweep(section: str, what: str) -> None:
     with pytest.raises(ConfigError, match=what) as caught:
         read_pipeline(TRAINED + f"vector: {{}}\ninterpolation: {{{section.strip('{}')}}}\n")
     assert "interpolation" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "what"),
+    [
+        ("sites: []", "learned.sites"),
+        ("sites: [auto, block_3]", "'block_3' is no site"),
+        ("starts: [one]", "learned.starts"),
+        ("max_norm: [2]", "learned.max_norm"),
+        ("random_directions: 19", "greater than or equal to 20"),
+        ("strengths: [2, 1]", "rising order"),
+        ("split: test", "learned.split"),
+        ("steps: 0", "greater than 0"),
+    ],
+)
+def test_mistakes_of_learning(section: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        read_pipeline(TRAINED + f"vector: {{}}\nlearned: {{{section}}}\n")
+
+
+@pytest.mark.parametrize(
+    ("section", "what"),
+    [
+        ("axes: []", "control.axes"),
+        ("axes: [polite, polite]", "'polite' stands there twice"),
+        ("read: [first]", "control.read"),
+        ("sites: [final_norm]", "'final_norm' is no site after a block"),
+        ("sites: []", "name at least one site"),
+        ("strengths: [-1]", "greater than 0"),
+        ("nulls: 19", "greater than or equal to 20"),
+        ("stop: ['']", "an empty string"),
+        ("most_degenerate: 2", "less than or equal to 1"),
+    ],
+)
+def test_mistakes_of_a_control(section: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what) as caught:
+        read_pipeline(MINIMAL + f"base: {{}}\ncontrol: {{{section}}}\n")
+    assert "control" in str(caught.value)
+
+
+def test_control_needs_a_base_and_the_synthetic_world() -> None:
+    with pytest.raises(ConfigError, match="control needs a model: give"):
+        read_pipeline(MINIMAL + "control: {}\n")
+    with pytest.raises(ConfigError, match="control needs a source of format synthetic"):
+        read_pipeline(
+            MINIMAL + "base: {}\ncontrol: {}\n", ["data.sources=[{format: preference, path: x}]"]
+        )
 
 
 @pytest.mark.parametrize(

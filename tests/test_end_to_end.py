@@ -27,6 +27,8 @@ SHORT = (
     "activations.batch_tokens=256",
     "vector.bootstrap=100", "cosine.bootstrap=100", "cosine.null_draws=40",
     "geometry.gradient_pairs=8", "geometry.bootstrap=100",
+    "learned.steps=4", "learned.batch_size=4", "learned.eval_every=2", "learned.tune_pairs=8",
+    "learned.pairs=8", "learned.bootstrap=100",
     *(
         f"{stage}.{setting}"
         for stage in ("interpolation", "inversion")

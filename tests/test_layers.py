@@ -16,8 +16,8 @@ LAYERS = {
     "errors": 0, "names": 0, "config": 0,
     "geometry": 1, "store": 1, "progress": 1, "parallel": 1,
     "models": 2, "data": 2, "activations": 2,
-    "training": 3, "steering": 3, "behaviour": 3, "transfer": 3, "report": 3,
-    "stages": 4, "doctor": 4,
+    "training": 3, "steering": 3, "behaviour": 3, "transfer": 3, "report": 3, "mlx": 3,
+    "stages": 4, "doctor": 4, "exchange": 4, "serving": 4,
     "pipeline": 5, "study": 5, "compare": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip

@@ -19,15 +19,20 @@ from dsteer.store import Json, Run, read_json
 
 YAML = (
     "name: demo\ndata: {sources: [{format: synthetic}]}\n"
-    "base:\ndpo:\nactivations:\nvector:\ncosine:\nspectrum:\ntemplate:\ngeometry:\n"
-    "interpolation:\ninversion:\ntransfer: {base: a/b, tuned: a/c}\nreport:\n"
+    "base:\ndpo:\nactivations:\nvector:\ncosine:\nspectrum:\ntemplate:\ngeometry:\nlearned:\n"
+    "interpolation:\ninversion:\ntransfer: {base: a/b, tuned: a/c}\ncontrol:\nreport:\n"
 )
 ALL = [stage.name for stage in STAGES]
 
 
 def from_states(name: str) -> list[str]:
-    """A stage and those behind it that read the stored states; template reads its own."""
-    return [stage for stage in ALL[ALL.index(name) :] if stage != "template"]
+    """A stage and those behind it that read the stored states; two read their own."""
+    return [stage for stage in from_pair(name) if stage != "template"]
+
+
+def from_pair(name: str) -> list[str]:
+    """A stage and those behind it that have to do with the pair; control reads the base alone."""
+    return [stage for stage in ALL[ALL.index(name) :] if stage != "control"]
 
 
 class Stages:
@@ -77,16 +82,18 @@ def test_runs_all_then_skips_all(tmp_path: Path, stages: Stages) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("dpo.beta=0.7", ALL[ALL.index("dpo") :]),
+        ("dpo.beta=0.7", from_pair("dpo")),
         ("activations.position=prompt_mean", from_states("activations")),
         ("vector.bootstrap=7", from_states("vector")),
         ("cosine.bootstrap=7", ["cosine", "report"]),
         ("spectrum.top=3", ["spectrum", "report"]),
         ("template.prompts=7", ["template", "report"]),
         ("geometry.pairs=7", ["geometry", "interpolation", "report"]),
+        ("learned.steps=7", ["learned", "report"]),
         ("interpolation.temperature=0.5", ["interpolation", "report"]),
         ("inversion.prompts=7", ["inversion", "report"]),
         ("transfer.pairs=7", ["transfer", "report"]),
+        ("control.pairs=7", ["control", "report"]),
         ("behaviour.reward_model=a/b", ["interpolation", "inversion", "report"]),
         ("report.title=Hello", ["report"]),
         ("description=Hello", ["report"]),
@@ -191,7 +198,7 @@ def test_what_is_forced_is_forced_downstream_though_killed_in_between(
     del stages.before["dpo"]
     stages.ran.clear()
     go(tmp_path)
-    assert stages.ran == ALL[2:], "what read the old output is not taken for complete"
+    assert stages.ran == from_pair("dpo"), "what read the old output is not taken for complete"
 
 
 def test_the_manifest_accounts_for_the_rows(
@@ -220,7 +227,7 @@ def test_a_missing_local_input_is_told_before_any_work(tmp_path: Path, stages: S
     with pytest.raises(
         ConfigError, match=r"data\.sources\.0\.path: \./nothing\.jsonl\.gz: no such"
     ):
-        go(tmp_path, source)
+        go(tmp_path, source, "control=null")
     with pytest.raises(ConfigError, match=r"models\.tuned: \.\./gone: no such file"):
         go(tmp_path, "dpo=null", "models.tuned=../gone")
     assert stages.ran == []
@@ -231,10 +238,10 @@ def test_changed_content_of_an_input_reruns(tmp_path: Path, stages: Stages) -> N
     data = tmp_path / "rows.jsonl"
     data.write_text("one")
     source = f"data.sources=[{{format: preference, path: {data}}}]"
-    go(tmp_path / "r", source)
+    go(tmp_path / "r", source, "control=null")
     data.write_text("two")
-    steps = make_plan(config(source), Run(tmp_path / "r"))
-    assert [s.action for s in steps] == ["redo"] * len(ALL)
+    steps = make_plan(config(source, "control=null"), Run(tmp_path / "r"))
+    assert [s.action for s in steps] == ["redo"] * (len(ALL) - 1)
     assert "other content" in steps[0].why
 
 
@@ -274,11 +281,18 @@ def test_changed_vectors_of_a_sender_rerun_the_transfer(tmp_path: Path, stages: 
 
 
 def test_absent_sections_are_absent_from_the_plan(tmp_path: Path) -> None:
-    left_out = ("base", "dpo", "template", "geometry", "inversion", "transfer", "report")
+    left_out = (
+        "base", "dpo", "template", "geometry", "learned", "inversion", "transfer", "control",
+        "report",
+    )  # fmt: skip
     absent = [f"{name}=null" for name in left_out]
     pair = config(*absent, "models.base=a/b", "models.tuned=a/c")
     found = [step.stage.name for step in make_plan(pair, Run(tmp_path))]
     assert found == ["data", "activations", "vector", "cosine", "spectrum", "interpolation"]
+    alone = ("dpo", "activations", "vector", "cosine", "spectrum", "interpolation", *left_out[2:7])
+    base = config(*(f"{name}=null" for name in alone))
+    found = [step.stage.name for step in make_plan(base, Run(tmp_path / "alone"))]
+    assert found == ["data", "base", "control", "report"], "what needs no pair needs no tuned model"
 
 
 def test_template_alone_vouches_for_both_models(tmp_path: Path, stages: Stages) -> None:

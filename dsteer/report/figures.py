@@ -24,12 +24,14 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
+from dsteer.report.control_figures import control_grid, control_matrix
 from dsteer.report.four_way_figures import four_way
 from dsteer.report.geometry_figures import (
     fig1a_preference_geometry,
     fig1b_gradients,
     fig1c_clouds,
 )
+from dsteer.report.learned_figures import reward_and_kl
 from dsteer.report.style import (
     BLUE,
     COLUMN,
@@ -1032,11 +1034,13 @@ FIGURES: dict[str, dict[str, Draw]] = {
         "fig1b_gradients": fig1b_gradients,
         "fig1c_clouds": fig1c_clouds,
     },
+    "learned": {"reward_and_kl": reward_and_kl},
     "interpolation": {
         "fig2a_interpolation": fig2a_interpolation,
         "fig2a_all_metrics": fig2a_all_metrics,
     },
     "inversion": {"fig2b_inversion": fig2b_inversion, "fig2b_all_metrics": fig2b_all_metrics},
     "transfer": {"share_of_native": share_of_native},
+    "control": {"control_matrix": control_matrix, "control_grid": control_grid},
 }
 """The figures of each stage, by file name, in the order of the report."""

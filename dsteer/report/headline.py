@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dsteer.report.control_tables import control_sentences
 from dsteer.report.four_way_tables import four_way_sentences
+from dsteer.report.learned_tables import learned_sentences
 from dsteer.report.sweep_values import (
     SWEEPS,
+    baselines,
     best,
     collapse,
     main_metrics,
@@ -57,9 +60,12 @@ def headline(manifest: dict[str, Json], results: Results) -> list[Point]:
     points += _reach(results.get("vector"))
     if said := four_way_sentences(results.get("template"), sites):
         points.append(("Template and training", said))
+    if said := learned_sentences(results.get("learned")):
+        points.append(("Learned vectors", said))
     for stage in SWEEPS:
         points += _swept(results.get(stage))
     points += [("Transfer", said)] if (said := transfer_sentences(results.get("transfer"))) else []
+    points += [("Control", said)] if (said := control_sentences(results.get("control"))) else []
     return [*points, ("Keep in mind", [CONSTANT_BIAS])]
 
 
@@ -107,6 +113,8 @@ def _compared(manifest: dict[str, Json], results: Results) -> str:
             if known
         ]
         tuned = "the same model after DPO" + (f" ({', '.join(details)})" if details else "")
+    elif at(config, "models", "tuned") is None and results.keys() <= {"data", "base", "control"}:
+        return f"{base[:1].upper()}{base[1:]}, alone: this pipeline has no tuned model."
     else:
         tuned = f"the tuned {at(config, 'models', 'tuned') or 'model'}"
     text = f"{base[:1].upper()}{base[1:]}, with {tuned}"
@@ -290,6 +298,13 @@ def _swept(result: Json) -> list[Point]:
                 f"{_share(at(kl, 'curves', 'v', top))} (that λ was picked on these prompts)"
             )
         said.append(text + ".")
+        beside = [
+            f"{at(sweep, 'arms', arm, 'label')} {_share(at(kl, 'curves', arm, one))}"
+            for arm in baselines(sweep)
+            if point(at(kl, "curves", arm, one)) is not None
+        ]
+        if beside:
+            said.append(f"Of baselines whose shift is as long, {at_one}: {', '.join(beside)}.")
     told = [
         name
         for name in main_metrics(sweep)

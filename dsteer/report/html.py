@@ -13,9 +13,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dsteer.errors import StoreError
+from dsteer.report.control_tables import control_tables
 from dsteer.report.explorer import Explorer, embedded, explorer, policy
 from dsteer.report.four_way_tables import four_way_tables
 from dsteer.report.headline import Point, confidence, headline
+from dsteer.report.learned_tables import learned_tables
 from dsteer.report.sweep_tables import sweep_tables
 from dsteer.report.sweep_values import SWEEPS
 from dsteer.report.tables import STAGE_TABLES, Results, Table, paper_table, settings_tables
@@ -39,6 +41,11 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "Geometry",
         "Preference vectors, gradients of the DPO loss, and clouds of states, on real pairs.",
     ),
+    "learned": (
+        "Learned vectors",
+        "Vectors learned under the DPO loss with the base frozen, beside v*: held-out reward, and "
+        "its cost in KL.",
+    ),
     "interpolation": ("Interpolation", "λv* added to the base: what it does to behaviour."),
     "inversion": (
         "Inversion",
@@ -48,6 +55,11 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "Transfer",
         "The vector of another model, carried over by a map learned on neutral text: what it does "
         "here, beside this pair's own v* and beside nulls.",
+    ),
+    "control": (
+        "Control",
+        "Contrast vectors of planted axes: what each does to its own oracle and to all others, and "
+        "two axes dialled at once.",
     ),
 }
 """Stage → title and first line of its section, in order."""
@@ -60,9 +72,11 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "spectrum": ("fig4a_entropy", "fig4b_singular_values"),
     "template": ("four_way",),
     "geometry": ("fig1a_preference_geometry", "fig1b_gradients", "fig1c_clouds"),
+    "learned": ("reward_and_kl",),
     "interpolation": ("fig2a_interpolation", "fig2a_all_metrics"),
     "inversion": ("fig2b_inversion", "fig2b_all_metrics"),
     "transfer": ("share_of_native",),
+    "control": ("control_matrix", "control_grid"),
 }
 """The figures of each section, in order."""
 
@@ -70,7 +84,9 @@ _TABLES = {
     **STAGE_TABLES,
     **dict.fromkeys(SWEEPS, sweep_tables),
     "template": four_way_tables,
+    "learned": learned_tables,
     "transfer": transfer_tables,
+    "control": control_tables,
 }
 """The tables of each section."""
 
@@ -113,8 +129,13 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("interaction I", "difference in differences, T_templ − T_raw = U − B"),
     ("G(P, Q)", "product of two parts' mean vectors: average of ⟨Pᵢ, Qⱼ⟩ over pairs of prompts of "
      "different conversations, which the prompts' scatter does not shift"),
+    ("learned vector", "the vector that lowers the DPO loss most when it is added to the frozen "
+     "base"),
+    ("KL to the base", "KL(steered‖base) a token: what a vector costs"),
     ("arm", "what a sweep adds: v* at its site, v* at final_norm, or another direction; λ counts "
      "the arm's own vector"),
+    ("baseline", "an arm without a direction, whose shift is as long as λv*: the layer amplified, "
+     "or seeded noise"),
     ("λ-equivalent", "the λ at which a metric of the steered model meets the target model's level"),
     ("random band", "range of the same measurement for random directions with v*'s norm"),
     ("sham arm", "hooks on, λ = 0: everything must be identical to the model without hooks"),
@@ -124,6 +145,11 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("inert", "a shift along the state itself, which the norm takes away again"),
     ("sender A, receiver B", "the model whose vector is carried over, and the pair of this run"),
     ("native vector", "the receiver's own v* at the same site: the ceiling of what is carried"),
+    ("contrast vector", "mean difference of the states of texts that differ in one property, "
+     "positive − negative"),
+    ("oracle", "a score of any text on one planted axis of the synthetic world, in [−1, 1]"),
+    ("move", "mean over prompts of (score at +λ − score at −λ) / 2"),
+    ("leakage", "the largest |move| of another axis's oracle over the move of the own one"),
     ("interval", "bootstrap over conversations; for spectra, shares and G, jackknife over them"),
 )  # fmt: skip
 
@@ -178,7 +204,7 @@ def write_report(run: Path, title: str | None = None) -> Path:
         raise StoreError(f"{run}: no stage of a run is complete here; run `dsteer run` first")
     name = str(manifest.get("name") or summary.get("run") or run.name)
     yaml = run / "pipeline.yaml"
-    level = confidence(manifest, "cosine", "vector", "spectrum", "template")
+    level = confidence(manifest, "cosine", "vector", "spectrum", "template", "control")
     return render(
         run / "report.html",
         title=title or name,

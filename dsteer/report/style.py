@@ -36,13 +36,17 @@ SHADES = "Blues"
 """The colour map of heat maps: one hue, darker is more, so it reads in grey."""
 
 
+Line = str | tuple[int, tuple[int, ...]]
+"""A line style of matplotlib: its name, or an offset with lengths of dashes and gaps."""
+
+
 @dataclass(frozen=True)
 class Mark:
     """How one series is drawn."""
 
     label: str
     colour: str
-    line: str
+    line: Line
     marker: str
 
 
