@@ -225,6 +225,7 @@ def _own_terminal() -> None:
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
