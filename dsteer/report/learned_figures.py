@@ -67,7 +67,8 @@ def reward_and_kl(result: dict[str, Json], _folder: Path) -> Drawing | None:
     handles += [
         Line2D([], [], color=_TUNED[0], marker=_TUNED[1], ls="", ms=8, mfc="white",
                label="tuned model"),
-        Line2D([], [], color=PALE, lw=6, label="random directions"),
+        Line2D([], [], color=PALE, lw=6, label="random, norm of v*"),
+        Line2D([], [], color=GREY, ls="--", lw=0.8, label="random, norm of learned"),
         Line2D([], [], color=GREY, lw=1, label="curves: train (thin), tune (thick)"),
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=3, columnspacing=1.4)
@@ -78,11 +79,18 @@ def reward_and_kl(result: dict[str, Json], _folder: Path) -> Drawing | None:
 def _points(axes: Axes, found: Json) -> dict[str, Json]:
     """Reward margins with intervals over the KL that they cost."""
     shown: dict[str, Json] = {}
-    low, high = (point(at(found, "random", "vector", "metrics", "reward_margin", end))
-                 for end in ("low", "high"))  # fmt: skip
-    if low is not None and high is not None:
-        axes.axhspan(low, high, color=PALE, lw=0, zorder=0)
-        shown["random"] = {"reward_margin": [low, high]}
+    learned = str(at(found, "learned"))
+    for name, key in (("vector", "random"), (learned, "random_learned")):
+        low, high = (point(at(found, "random", name, "metrics", "reward_margin", end))
+                     for end in ("low", "high"))  # fmt: skip
+        if low is None or high is None:
+            continue
+        shown[key] = {"reward_margin": [low, high]}
+        if name == "vector":
+            axes.axhspan(low, high, color=PALE, lw=0, zorder=0)
+        else:
+            for end in (low, high):
+                axes.axhline(end, color=GREY, ls="--", lw=0.8, zorder=1)
     axes.axhline(0, color=GREY, ls=":", lw=0.8)
     drawn = {name: (*_ARMS[name][:2], at(arm, "metrics"))
              for name, arm in mapping(at(found, "arms")).items() if name in _ARMS}  # fmt: skip
@@ -150,7 +158,8 @@ def _caption(result: dict[str, Json], sites: dict[str, Json]) -> str:
         "over its cost, KL(steered‖base) on the tokens of the chosen answers, of v* at λ = 1 and "
         "at the λ chosen on tune pairs, of vectors learned under the DPO loss, and of the tuned "
         "model; bars are intervals, the grey band is the middle 95 % of random directions of the "
-        "norm of v*. Up and left is better. Right: the DPO loss while vectors are learned, on "
+        "norm of v*, the dashed lines the same for the norm of the learned vector. "
+        "Up and left is better. Right: the DPO loss while vectors are learned, on "
         "training pairs (thin) and tune pairs (thick), with the step that was chosen. "
         f"{'; '.join(said)[:1].upper()}{'; '.join(said)[1:]}."
     )

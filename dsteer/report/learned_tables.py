@@ -66,6 +66,13 @@ def _sentences(site: str, found: dict[str, Json]) -> list[str]:
         f"{number(point(at(found, 'cosine_null', 'low')))} to "
         f"{number(point(at(found, 'cosine_null', 'high')))})."
     ]
+    band = at(found, "random", learned)
+    if at(band, "metrics", "reward_margin") is not None:
+        said.append(
+            "Random directions of its norm have margins from "
+            f"{_band(at(band, 'metrics', 'reward_margin'))} (middle 95 % of "
+            f"{count(at(band, 'draws'))}, on {plural(at(band, 'pairs'), 'test pair')})."
+        )
     best = at(found, "arms", "vector_least_loss", "strength")
     text = (
         f"It {_verdict(at(row, 'against', 'vector_least_loss', 'loss'))} v* at λ = {plain(best)}, "

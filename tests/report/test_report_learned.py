@@ -105,6 +105,16 @@ def test_points_stand_where_the_numbers_are() -> None:
     shown = drawing.data["sites"][SITE]
     assert shown["points"]["learned_zero"]["reward_margin"]["value"] == 1.2
     assert shown["points"]["random"] == {"reward_margin": [-0.2, 0.2]}
+    assert "random_learned" not in shown["points"]
+    result = made_up()
+    wide = {"reward_margin": {"mean": 0.0, "low": -0.5, "high": 0.6}}
+    result["sites"][SITE]["random"]["learned_zero"] = {"metrics": wide}
+    with styled():
+        both = reward_and_kl(result, Path())
+    assert both is not None
+    levels = {float(line.get_ydata()[0]) for line in both.figure.axes[0].lines if
+              line.get_linestyle() == "--"}  # fmt: skip
+    assert levels == {-0.5, 0.6}
     assert shown["curves"]["learned_zero"]["train"] == {
         "steps": [10.0, 20.0], "loss": [pytest.approx(0.6), pytest.approx(0.5)]
     }  # fmt: skip
@@ -142,6 +152,12 @@ def test_sentences() -> None:
     assert "Its cosine with v* is 0.600 (random directions −0.170 to 0.180)." in first
     assert second.startswith("It does better than v* at λ = 2, the strength of least loss")
     assert "learning can't be told from v* at λ = 1" in second
+    result["sites"][SITE]["random"]["learned_zero"] = result["sites"][SITE]["random"]["vector"]
+    assert learned_sentences(result)[1] == (
+        "Random directions of its norm have margins from −0.200 to 0.200 (middle 95 % of 20, on 32 "
+        "test pairs)."
+    )
+    result["sites"][SITE]["random"]["learned_zero"] = None  # its norm is 0
     gap = result["sites"][SITE]["arms"]["learned_zero"]["against"]["vector_least_loss"]
     gap["loss"] = about(0.2)
     assert learned_sentences(result)[1].startswith("It does worse than v*")
