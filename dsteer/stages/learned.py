@@ -180,10 +180,7 @@ class _Study:
             self.readout = Readout.of(model, vocabulary=self.pair.vocabulary)
             self.own = predictions(model, self.test.texts[self.test.chosen], self.readout)
             places, candidates = self._places(model)
-            sites = {
-                place.site: _Site(self, place, number).measured(model)
-                for number, place in enumerate(places)
-            }
+            sites = {place.site: _Site(self, place).measured(model) for place in places}
             del model
         self.pair.release()
         first = next(iter(sites))
@@ -322,11 +319,10 @@ class _Study:
 class _Site:
     """What is learned and measured at one site."""
 
-    def __init__(self, study: _Study, place: _Place, number: int) -> None:
+    def __init__(self, study: _Study, place: _Place) -> None:
         self.study, self.config, self.place = study, study.config, place
         self.site, self.positions = place.site, place.positions
         self.v = study.vectors[place.site]
-        self.first = number == 0
 
     def measured(self, model: Model) -> Json:
         study, config = self.study, self.config
