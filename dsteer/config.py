@@ -49,6 +49,14 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 """What runs and variants may be called: their folders have these names."""
 
 
+def _auto_or_site(value: str) -> str:
+    if not re.fullmatch(f"auto|{SITE}", value):
+        raise ValueError(
+            f"{value!r} is no site: expected auto, resid_post.K, final_norm or encoder"
+        )
+    return value
+
+
 class Section(BaseModel):
     """A part of a pipeline: immutable, and strict about its keys."""
 
@@ -507,11 +515,7 @@ class SweepConfig(Section):
     @field_validator("site")
     @classmethod
     def _a_site(cls, value: str) -> str:
-        if not re.fullmatch(f"auto|{SITE}", value):
-            raise ValueError(
-                f"{value!r} is no site: expected auto, resid_post.K, final_norm or encoder"
-            )
-        return value
+        return _auto_or_site(value)
 
     @field_validator("stop")
     @classmethod
@@ -810,12 +814,7 @@ class LearnedConfig(Section):
     @field_validator("sites")
     @classmethod
     def _are_sites(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for site in value:
-            if not re.fullmatch(f"auto|{SITE}", site):
-                raise ValueError(
-                    f"{site!r} is no site: expected auto, resid_post.K, final_norm or encoder"
-                )
-        return value
+        return tuple(map(_auto_or_site, value))
 
     @field_validator("strengths")
     @classmethod

@@ -13,9 +13,8 @@ from torch import Tensor
 from dsteer.activations.reading import Reading, row_offsets
 from dsteer.activations.sites import RESPONSES
 from dsteer.activations.storage import States
-from dsteer.data.tokens import Encoded, encode
+from dsteer.data.tokens import Encoded, encode, given_ids
 from dsteer.data.types import PreferencePair, Prompt
-from dsteer.errors import DataError
 from dsteer.models.pair import ModelPair, Which
 from dsteer.progress import SILENT, Reporter
 from dsteer.store import read_metadata, read_tensors, write_tensors
@@ -188,18 +187,8 @@ def encode_for(
     Raises:
         DataError: no prompts, ids and texts in one list, or one that can't be encoded.
     """
-    if isinstance(prompts, str):
-        raise DataError("prompts is one text; expected a list of prompts")
-    if not prompts:
-        raise DataError("there are no prompts to read; give at least one")
-    ready = [item for item in prompts if isinstance(item, Encoded)]
-    if len(ready) == len(prompts):
+    if (ready := given_ids(prompts)) is not None:
         return ready
-    if ready:
-        raise DataError(
-            f"{len(ready)} of {len(prompts)} prompts are token ids and the others texts; give a "
-            "list of one kind"
-        )
     limits = [limit for limit in (max_tokens, pair.max_positions) if limit is not None]
     return encode(
         pair.tokenizer_for(template),

@@ -214,6 +214,29 @@ def has_template(tokenizer: Tokenizer) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
+def given_ids(
+    prompts: Sequence[Prompt | PreferencePair] | Sequence[Encoded],
+) -> list[Encoded] | None:
+    """The prompts themselves if they are ids already; None if they are texts.
+
+    Raises:
+        DataError: no prompts, one text for a list, or ids and texts in one list.
+    """
+    if isinstance(prompts, str):
+        raise DataError("prompts is one text; expected a list of prompts")
+    if not prompts:
+        raise DataError("there are no prompts to read; give at least one")
+    ready = [item for item in prompts if isinstance(item, Encoded)]
+    if len(ready) == len(prompts):
+        return ready
+    if ready:
+        raise DataError(
+            f"{len(ready)} of {len(prompts)} prompts are token ids and the others texts; give a "
+            "list of one kind"
+        )
+    return None
+
+
 def hash_ids(encoded: Sequence[Encoded]) -> str:
     """SHA-256 over the ids and lengths of all prompts, in order."""
     digest = hashlib.sha256()

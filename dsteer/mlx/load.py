@@ -9,7 +9,7 @@ from typing import Any
 import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from dsteer.data.tokens import Encoded, encode
+from dsteer.data.tokens import Encoded, encode, given_ids
 from dsteer.data.types import PreferencePair, Prompt
 from dsteer.errors import DataError, ModelError
 from dsteer.mlx.anatomy import Anatomy, Module
@@ -71,18 +71,8 @@ def encode_prompts(
         DataError: no prompts, one text for a list, ids and texts in one list, a prompt that can't
             be encoded, or texts without a tokenizer.
     """
-    if isinstance(prompts, str):
-        raise DataError("prompts is one text; expected a list of prompts")
-    if not prompts:
-        raise DataError("there are no prompts to read; give at least one")
-    ready = [item for item in prompts if isinstance(item, Encoded)]
-    if len(ready) == len(prompts):
+    if (ready := given_ids(prompts)) is not None:
         return ready
-    if ready:
-        raise DataError(
-            f"{len(ready)} of {len(prompts)} prompts are token ids and the others texts; give a "
-            "list of one kind"
-        )
     if tokenizer is None:
         raise DataError("prompts are texts, and no tokenizer is given; expected tokenizer=…")
     limits = [settings.pop("max_tokens", None), anatomy.max_positions]
