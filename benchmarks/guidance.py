@@ -30,49 +30,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sweep import PROMPTS, SHAPES, TIE
+from sweep import PROMPTS, SHAPES, TIE, Subject
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 import dsteer
-from dsteer.data import load_preferences
-from dsteer.data.tokens import Encoded, encode
-from dsteer.models.tiny import build_tokenizer
 
 NEW_TOKENS = 48
 WEIGHT = 2.0
 AIM = 1.3
 
 
-class Bench:
-    """One model, the prompts and the vector."""
+class Bench(Subject):
+    """The methods that are compared."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.device = torch.device(arguments.device)
-        shape = SHAPES[arguments.shape]
-        pairs = load_preferences(str(arguments.prompts))
-        self.tokenizer = build_tokenizer((str(pair.prompt) for pair in pairs), shape["vocab_size"])
-        texts = [str(pair.prompt) for pair in pairs[: arguments.n]]
-        self.encoded: list[Encoded] = encode(self.tokenizer, texts)
-        torch.manual_seed(0)
-        # Weights of this size keep the two largest logits apart, as a trained model's are.
-        config = LlamaConfig(
-            **shape, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None,
-            pad_token_id=0, initializer_range=2 * shape["hidden_size"] ** -0.5,
-        )  # fmt: skip
-        self.model = LlamaForCausalLM(config).to(self.device, getattr(torch, arguments.dtype))
-        self.model.eval()
-        self.tokenizer.eos_token = None  # every text has all its tokens
-        self.block = shape["num_hidden_layers"] // 2
-        v = torch.randn(shape["hidden_size"], generator=torch.Generator().manual_seed(1))
-        self.vector = dsteer.SteeringVector(v / v.norm() * 4, site=f"resid_post.{self.block}")
-        width = max(len(item.ids) for item in self.encoded)
-        ids = torch.zeros(len(self.encoded), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, item in enumerate(self.encoded):
-            ids[row, width - len(item.ids) :] = torch.tensor(item.ids)
-            mask[row, width - len(item.ids) :] = 1
-        self.ids, self.mask = ids.to(self.device), mask.to(self.device)
+        super().__init__(arguments)
+        self.ids, self.mask = self.padded()
 
     def guided(self) -> list[list[int]]:
         found = dsteer.guided(

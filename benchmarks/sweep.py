@@ -51,8 +51,8 @@ TIE = 1e-4
 PROMPTS = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf-harmless-base-test.jsonl.gz"
 
 
-class Bench:
-    """One model, the prompts and the vector."""
+class Subject:
+    """One model, the prompts and the vector, which the benchmark of guidance has too."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device = torch.device(arguments.device)
@@ -74,6 +74,23 @@ class Bench:
         generator = torch.Generator().manual_seed(1)
         v = torch.randn(shape["hidden_size"], generator=generator)
         self.vector = dsteer.SteeringVector(v / v.norm() * 4, site=f"resid_post.{self.block}")
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Ids and mask, padded on the left."""
+        width = max(len(item.ids) for item in self.encoded)
+        ids = torch.zeros(len(self.encoded), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, item in enumerate(self.encoded):
+            ids[row, width - len(item.ids) :] = torch.tensor(item.ids)
+            mask[row, width - len(item.ids) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+
+class Bench(Subject):
+    """The methods that are compared."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        super().__init__(arguments)
         self.memory = arguments.memory_mb * 2**20
 
     def ours(self) -> list[list[list[int]]]:
@@ -85,13 +102,7 @@ class Bench:
 
     @torch.inference_mode()
     def usual(self) -> list[list[list[int]]]:
-        width = max(len(item.ids) for item in self.encoded)
-        ids = torch.zeros(len(self.encoded), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, item in enumerate(self.encoded):
-            ids[row, width - len(item.ids) :] = torch.tensor(item.ids)
-            mask[row, width - len(item.ids) :] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
+        ids, mask = self.padded()
         vector = self.vector.tensor.to(self.device, self.model.dtype)
         found = []
         for strength in STRENGTHS:
@@ -104,7 +115,7 @@ class Bench:
                 input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False
             )
             handle.remove()
-            found.append(made[:, width:].tolist())
+            found.append(made[:, ids.shape[1] :].tolist())
         return found
 
     def limit(self) -> float:
