@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dsteer.geometry.spectrum import spectrum as spectrum
     from dsteer.models.pair import ModelPair as ModelPair
     from dsteer.steering.build import contrast as contrast
+    from dsteer.steering.build import increments as increments
     from dsteer.steering.build import mean_difference as mean_difference
     from dsteer.steering.build import principal_directions as principal_directions
     from dsteer.steering.calibrate import Calibration as Calibration
@@ -78,6 +79,7 @@ _HOMES = {
     "fit_condition": "dsteer.steering.conditions",
     "get_all_hidden_states": "dsteer.steering.hooks",
     "guided": "dsteer.steering.guidance",
+    "increments": "dsteer.steering.build",
     "learn_vector": "dsteer.training.steering_vector",
     "load_preferences": "dsteer.data",
     "mean_difference": "dsteer.steering.build",

@@ -111,7 +111,8 @@ class Curves:
         inside = found[1:][np.isfinite(found[1:])]
         if len(sums) < 2 or len(inside) < 0.9 * self.draws:
             return Interval(float(found[0]), None, None, len(columns)), None
-        return Interval(float(found[0]), *percentiles(inside, self.confidence), len(columns)), None
+        low, high = percentiles(inside, self.confidence, len(sums))
+        return Interval(float(found[0]), low, high, len(columns)), None
 
 
 def _first_zero(grid: np.ndarray, gap: np.ndarray) -> float:

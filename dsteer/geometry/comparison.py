@@ -203,7 +203,7 @@ class Halves:
         spread = np.nanquantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
         full = None
         if r > 0:
-            full = jackknifed(_lengthened(r), _lengthened(left), self.n, confidence, most=1.0)
+            full = jackknifed(spearman_brown(r), spearman_brown(left), self.n, confidence, most=1.0)
         return Reliability(
             jackknifed(r, left, self.n, confidence, least=-1.0, most=1.0),
             full,
@@ -330,8 +330,8 @@ def _mean(drawn: np.ndarray) -> np.ndarray:
         return np.asarray(np.where(known, drawn, 0.0).sum(axis=0) / known.sum(axis=0))
 
 
-def _lengthened(r: np.ndarray | float) -> np.ndarray:
-    """Spearman-Brown for twice the length: 2r/(1 + r); NaN for r = −1."""
+def spearman_brown(r: np.ndarray | float) -> np.ndarray:
+    """Reliability of twice the length, 2r/(1 + r); NaN for r = −1."""
     with np.errstate(divide="ignore", invalid="ignore"):
         longer = 2 * np.asarray(r) / (1 + np.asarray(r))
     return np.asarray(np.where(np.isfinite(longer), longer, np.nan))

@@ -2,10 +2,14 @@
 
 ``clusters`` gives one conversation key a row; None lets each row stand alone. Three schemes:
 
-- **Means over rows** (and ratios of sums): percentile bootstrap over conversations.
+- **Means over rows** (and ratios of sums): percentile bootstrap over conversations, widened for few
+  of them (:func:`percentiles`). In our simulation (``benchmarks/coverage.py``) 20 conversations of
+  normal rows cover 94% so, of log-normal ones 90-92%, and 88-92% without; 128 cover 93-95%.
 - **Cosines with v refitted in each draw**: bootstrap over conversations, recentred on the estimate.
   A resampled fit holds some conversations several times, so its v has twice the noise of a fit on N
   rows, which shifts all draws by one first-order amount. The interval is for a v fitted on this N.
+  That noise also makes draws spread more, so these are not widened: 20 conversations cover 95-98%
+  held out and leaving one out, 92% in-sample.
 - **Spectra and shares**: jackknife over conversations. Resampling with replacement fails here:
   repeated rows lower the rank, and the interval misses the value that it is for (covering 0-50% of
   the time in our simulation of shifted noise, N = 60-200, instead of 95%); half-samples saturate
@@ -149,7 +153,7 @@ def bootstrap_ratio(
     drawn = bootstrap_sums(sums, draws, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = drawn[:, 0] / drawn[:, 1]
-    low, high = percentiles(ratios[np.isfinite(ratios)], confidence)
+    low, high = percentiles(ratios[np.isfinite(ratios)], confidence, len(sums))
     return Interval(value, low, high, n)
 
 
@@ -687,9 +691,24 @@ def _pair(fit: object, test: object) -> tuple[np.ndarray, np.ndarray]:
     return fitted, tested
 
 
-def percentiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    """The quantiles that leave (1 − confidence)/2 on either side."""
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+def percentiles(
+    values: np.ndarray, confidence: float, resampled: int | None = None
+) -> tuple[float, float]:
+    """The quantiles that leave (1 − confidence)/2 on either side.
+
+    Args:
+        values: the draws.
+        confidence: share of them between the two.
+        resampled: how many conversations c the draws were resampled from: the tails are then
+            Φ(√(c/(c − 1)) t), t Student's quantile with c − 1 degrees of freedom, because draws
+            spread by √((c − 1)/c) too little, and like a normal one. Source: Hesterberg (2015),
+            "What teachers should know about the bootstrap", the expanded percentile interval.
+    """
+    tail = (1 - confidence) / 2
+    if resampled is not None:
+        stretch = math.sqrt(resampled / (resampled - 1))
+        tail = NormalDist().cdf(stretch * float(student.ppf(tail, resampled - 1)))
+    low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
 
 

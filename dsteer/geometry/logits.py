@@ -192,7 +192,9 @@ def kl_recovery(
             found, least = _minima(nodes, fine, low, high)
             optimum = Interval(float(found[0]), None, None, n)
             if len(found) > 1:
-                optimum = Interval(optimum.value, *percentiles(found[1:], confidence), n)
+                resampled = n if clusters is None else len(set(clusters))
+                ends = percentiles(found[1:], confidence, resampled)
+                optimum = Interval(optimum.value, *ends, n)
             optimal_recovered = 1 - least / before
     return KLRecovery(
         strengths=tuple(float(strength) for strength in grid),

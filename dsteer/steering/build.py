@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from dsteer.activations.extract import PairedActivations
 from dsteer.activations.moments import PairedMoments
+from dsteer.activations.reading import Reading
+from dsteer.activations.storage import States
 from dsteer.data.contrast import ContrastPair
 from dsteer.data.tokens import Encoded, Tokenizer, hash_ids
 from dsteer.data.types import Prompt
@@ -17,8 +20,10 @@ from dsteer.errors import ConfigError, DataError, MeasurementError
 from dsteer.geometry.displacement import StreamingMean, as_matrix
 from dsteer.geometry.spectrum import principal
 from dsteer.models.load import Model
+from dsteer.models.pair import ModelPair
 from dsteer.progress import SILENT, Reporter
 from dsteer.steering.directions import Groups, direction, folds_of, require_method, separation
+from dsteer.steering.intervene import Positions, steer
 from dsteer.steering.provenance import of_model
 from dsteer.steering.states import as_json, encode_texts, require_position, sites_of, states_of
 from dsteer.steering.vector import SteeringVector, SteeringVectorSet
@@ -57,14 +62,55 @@ def mean_difference(
         raise MeasurementError(
             f"rows {rows}: none of the {len(acts.encoded)} prompts; v* needs at least one"
         )
-    vectors = []
-    for site in chosen.sites:
-        mean = StreamingMean()
-        for start in range(0, chosen.base.n, _CHUNK):
-            tuned = chosen.tuned.rows(site, start, start + _CHUNK).double()
-            mean.update(tuned - chosen.base.rows(site, start, start + _CHUNK).double())
-        vectors.append(SteeringVector(mean.mean, site, n=mean.count))
+    vectors = [_mean(chosen.base, chosen.tuned, site) for site in chosen.sites]
     metadata = {"position": chosen.position, "ids_sha256": hash_ids(chosen.encoded)}
+    return SteeringVectorSet(vectors, metadata)
+
+
+def _mean(base: States, tuned: States, site: str) -> SteeringVector:
+    """The mean displacement at one site, read in chunks."""
+    mean = StreamingMean()
+    for start in range(0, base.n, _CHUNK):
+        rows = tuned.rows(site, start, start + _CHUNK).double()
+        mean.update(rows - base.rows(site, start, start + _CHUNK).double())
+    return SteeringVector(mean.mean, site, n=mean.count)
+
+
+def increments(
+    pair: ModelPair, acts: PairedActivations, *, positions: Positions = "all"
+) -> SteeringVectorSet:
+    """Vectors to be added at several sites at once: each is what the ones before it leave.
+
+    Every v*_ℓ already holds what the sites before ℓ contributed, so all of a set together shift far
+    more than tuning did. Here u_ℓ = mean(h_tuned − h_base) at ℓ where the base is steered by u of
+    all earlier sites; the first is v* itself. The base is read once a site.
+
+    Args:
+        pair: the models.
+        acts: their states, read at the sites that will be steered and at no others.
+        positions: the tokens that will be steered.
+
+    Returns:
+        One vector a site, for strength 1 at all of them.
+
+    Raises:
+        ModelError: the base is none that can be steered.
+        MeasurementError: a state is not finite.
+    """
+    vectors: list[SteeringVector] = []
+    for site in acts.sites:
+        reading = Reading.of(pair, acts.encoded, sites=[site], position=acts.position)
+        earlier = [vector for vector in vectors if not vector.undefined]
+        with pair.using("base") as model, contextlib.ExitStack() as stack:
+            if earlier:
+                stack.enter_context(steer(model, SteeringVectorSet(earlier), positions=positions))
+            vectors.append(_mean(reading.run(model, "base"), acts.tuned, site))
+    metadata: dict[str, Json] = {
+        "method": "increments over the sites before",
+        "position": acts.position,
+        "positions": positions if isinstance(positions, str) else list(positions),
+        "ids_sha256": hash_ids(acts.encoded),
+    }
     return SteeringVectorSet(vectors, metadata)
 
 

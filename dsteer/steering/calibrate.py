@@ -8,6 +8,7 @@ makes vectors, sites and methods comparable: equal divergence instead of equal Î
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -155,7 +156,7 @@ def calibrate(
         strength=strength,
         shift=abs(strength) / unit,
         target_kl=float(target_kl),
-        kl=_interval(values, measure.lengths, float(percentile), seed),
+        kl=percentile_interval(values, measure.lengths, float(percentile), seed),
         mean_kl=float(values.mean()),
         percentile=float(percentile),
         n_prompts=len(encoded),
@@ -340,20 +341,22 @@ def _bracket(
     )
 
 
-def _interval(
+def percentile_interval(
     values: Float[np.ndarray, " n"], lengths: Sequence[int], percentile: float, seed: int
 ) -> Interval:
     """A percentile of the values of all prompts, and its bootstrap over prompts."""
     value = float(np.percentile(values, percentile))
     if len(lengths) < 2:
         return Interval(value, None, None, len(lengths))
-    parts = np.split(values, np.cumsum(lengths)[:-1])
-    counts = draw_counts(len(parts), _DRAWS, np.random.default_rng(seed)).astype(int)
+    order = np.argsort(values)
+    rising, prompt = values[order], np.repeat(np.arange(len(lengths)), lengths)[order]
     drawn = []
-    for row in counts:
-        resampled = [np.tile(part, count) for part, count in zip(parts, row, strict=True)]
-        drawn.append(np.percentile(np.concatenate(resampled), percentile))
-    low, high = percentiles(np.array(drawn), 0.95)
+    for counts in draw_counts(len(lengths), _DRAWS, np.random.default_rng(seed)):
+        up_to = counts[prompt].cumsum()  # copies of the values up to each
+        place = (up_to[-1] - 1) * percentile / 100
+        ends = rising[np.searchsorted(up_to, [math.floor(place), math.ceil(place)], side="right")]
+        drawn.append(ends[0] + (place - math.floor(place)) * (ends[1] - ends[0]))
+    low, high = percentiles(np.array(drawn), 0.95, len(lengths))
     return Interval(value, low, high, len(lengths))
 
 

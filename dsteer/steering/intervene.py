@@ -555,7 +555,7 @@ def steer(
 
     Vectors of several sites are added at once, but each displacement already holds what earlier
     sites added: all v* of a set together shift far more than tuning did. Choose one site, or
-    increments that were estimated with the earlier ones active.
+    :func:`dsteer.increments`, which are estimated with the earlier ones active.
 
     A static cache makes ``generate`` compile the model on an accelerator, and compiled code may
     skip hooks: ``model.generation_config.disable_compile`` is True while the block runs. Set it

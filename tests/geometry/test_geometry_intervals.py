@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from reference import measures
+from scipy.stats import norm, t
 
 from dsteer.errors import MeasurementError
 from dsteer.geometry.alignment import cosine_to, cosine_to_mean
@@ -21,6 +22,7 @@ from dsteer.geometry.intervals import (
     convergence_sizes,
     held_out_cosine,
     mean_cosine,
+    percentiles,
     share_intervals,
     sign_flip_null,
     spectral_intervals,
@@ -51,6 +53,24 @@ def test_bootstrap_mean_has_the_standard_error() -> None:
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.08)
     assert found.n == 400
     assert found.json() == {"value": found.value, "low": low, "high": high, "n": 400}
+
+
+@pytest.mark.parametrize("count", [2, 10, 128])
+def test_few_conversations_widen_to_students_interval(count: int) -> None:
+    """Draws of a mean are about normal with variance s² (c − 1)/c /c; the ends are ±t s/√c."""
+    s, confidence = 3.0, 0.9
+    spread = s * math.sqrt((count - 1) / count / count)
+    draws = norm.ppf((np.arange(400_000) + 0.5) / 400_000, scale=spread)
+    low, high = percentiles(draws, confidence, count)
+    expected = float(t.ppf(0.95, count - 1)) * s / math.sqrt(count)
+    # quantiles of 400,000 even ones; the tail of two conversations is 1e-19, beyond them all
+    if count == 2:
+        assert (low, high) == pytest.approx((draws[0], draws[-1]), rel=1e-6)
+    else:
+        assert (low, high) == pytest.approx((-expected, expected), rel=1e-3)
+    assert percentiles(draws, confidence) == pytest.approx(
+        (-1.6449 * spread, 1.6449 * spread), rel=1e-3
+    )
 
 
 def test_conversations_stay_together() -> None:

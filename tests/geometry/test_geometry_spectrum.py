@@ -14,6 +14,8 @@ from reference import measures
 
 from dsteer.errors import MeasurementError
 from dsteer.geometry import spectrum as module
+from dsteer.geometry.displacement import shared_share
+from dsteer.geometry.intervals import held_out_cosine
 from dsteer.geometry.spectrum import Spectrum, spectra, spectrum
 
 RNG = np.random.default_rng(20)
@@ -300,3 +302,32 @@ def test_trap_one_ratio_is_small_without_one_direction() -> None:
     energy = found.top_shares(1)
     assert energy is not None
     assert energy[0] ** 2 < 0.3  # of the energy, the first direction has only a quarter
+
+
+def test_trap_three_rank_one_is_no_constant_vector() -> None:
+    """Δ = ⟨a, h⟩ u: one direction, of rank one to rounding, with a size that each prompt has.
+
+    On held-out rows a constant explains nothing of it, and an affine map of h everything.
+    """
+    rng = np.random.default_rng(11)
+    h, a, u = rng.standard_normal((400, 12)), rng.standard_normal(12), rng.standard_normal(12)
+    delta = np.outer(h @ a, u)
+    fit, test = slice(0, 250), slice(250, 400)
+    found = spectrum(delta)
+    assert found.sigma_ratio is not None
+    assert found.sigma_ratio < 1e-7  # rounding of σ₁²
+    assert found.effective_rank == pytest.approx(1, abs=1e-5)
+    share = shared_share(delta)
+    assert share.debiased == pytest.approx(0, abs=0.02)  # 1/N is 0.0025, its spread as much
+    held = held_out_cosine(delta[fit], delta[test])
+    assert held is not None
+    assert held.low is not None
+    assert held.high is not None
+    assert held.low < 0 < held.high
+    left = float(np.square(delta[test] - delta[fit].mean(axis=0)).sum())
+    inputs = np.column_stack([h, np.ones(400)])
+    affine = np.linalg.lstsq(inputs[fit], delta[fit], rcond=None)[0]
+    missed = float(np.square(delta[test] - inputs[test] @ affine).sum())
+    energy = float(np.square(delta[test]).sum())
+    assert left / energy > 0.9
+    assert missed / energy < 1e-20  # least squares of an exact map, in float64

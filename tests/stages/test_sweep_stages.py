@@ -252,6 +252,15 @@ def test_every_key_is_there(planted: tuple[Path, Any], stage: str) -> None:
     assert explorer["prompts"][0]["reference"] == "Well, bees."
 
 
+@BOTH
+def test_fewer_than_twenty_random_directions_are_said(
+    planted: tuple[Path, Any], stage: str
+) -> None:
+    run, _ = planted
+    notes = read_json(run / stage / "result.json")["notes"]
+    assert any(note.startswith("The random band is thin: 3 directions") for note in notes)
+
+
 def test_perplexity_is_the_bases(planted: tuple[Path, Any]) -> None:
     run, _ = planted
     pair, tokenizer = planted_pair(BLOCK), byte_tokenizer()

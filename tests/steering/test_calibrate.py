@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from scipy.optimize import brentq
 import dsteer
 from dsteer.data.tokens import Encoded, encode
 from dsteer.errors import ConfigError, DataError, MeasurementError, ModelError
-from dsteer.steering.calibrate import calibrate, mean_norm
+from dsteer.geometry.intervals import draw_counts
+from dsteer.steering.calibrate import calibrate, mean_norm, percentile_interval
 from dsteer.steering.vector import SteeringVector, SteeringVectorSet
 
 TOKENIZER = byte_tokenizer()
@@ -212,3 +214,24 @@ def test_texts_that_end_at_once_still_count(monkeypatch: pytest.MonkeyPatch) -> 
     found = SteeringVector(V, "final_norm").calibrate(MODEL, prompts, target_kl=0.1, **OPTIONS)
     assert found.n_tokens < 2 * TOKENS
     assert found.kl.value == pytest.approx(0.1, rel=3e-4)
+
+
+def test_the_interval_of_a_percentile_is_that_of_resampled_prompts() -> None:
+    """Written out: whole prompts drawn again, numpy's percentile of their tokens."""
+    rng = np.random.default_rng(4)
+    lengths = [3, 1, 7, 4, 2]
+    values = rng.exponential(size=sum(lengths))
+    counts = draw_counts(5, 1000, np.random.default_rng(6)).astype(int)
+    parts = np.split(values, np.cumsum(lengths)[:-1])
+    for percentile in (95.0, 50.0, 100.0):
+        found = percentile_interval(values, lengths, percentile, seed=6)
+        drawn = [
+            np.percentile(
+                np.concatenate([np.tile(p, k) for p, k in zip(parts, row, strict=True)]), percentile
+            )
+            for row in counts
+        ]
+        # five prompts: Student's 2.776 with 4 degrees of freedom, √(5/4) wider, is this tail
+        tail = NormalDist().cdf(-2.7764451051977987 * (5 / 4) ** 0.5)
+        assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [tail, 1 - tail]))
+        assert found.value == np.percentile(values, percentile)

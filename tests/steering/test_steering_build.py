@@ -17,7 +17,8 @@ from dsteer.data.tokens import Encoded, hash_ids
 from dsteer.errors import MeasurementError
 from dsteer.geometry.spectrum import spectrum
 from dsteer.steering import build
-from dsteer.steering.build import mean_difference, principal_directions
+from dsteer.steering.build import increments, mean_difference, principal_directions
+from dsteer.steering.intervene import steer
 from dsteer.steering.vector import SteeringVectorSet
 
 N, D = 11, 4
@@ -160,3 +161,56 @@ def test_directions_of_moments_are_those_of_the_states() -> None:
 def test_no_such_direction_is_refused(k: int) -> None:
     with pytest.raises(MeasurementError, match=f"{k} principal directions of 6 states of width 4"):
         principal_directions(displaced(torch.ones(6, D)), k)
+
+
+# ------------------------------------------------------------------------------ increments
+
+
+def test_several_sites_at_once_need_increments() -> None:
+    """Trap 4. b at block 1 is all there is: later v's hold it again, later increments are 0.
+
+    All v's together overshoot; all increments together give the tuned model's own states.
+    """
+    planted = planted_pair(1)
+    sites = ("resid_post.0", "resid_post.1", "resid_post.2")
+    acts = extract(planted.pair, PROMPTS, sites=sites, position="prompt_last")
+    vectors, steps = mean_difference(acts), increments(planted.pair, acts)
+    assert tuple(steps) == sites
+    assert steps["resid_post.0"].undefined
+    assert torch.equal(steps["resid_post.1"].tensor, vectors["resid_post.1"].tensor)
+    # float32 states of size 10 and more, so 1e-5 is rounding
+    assert steps["resid_post.2"].norm < 1e-5
+    assert vectors["resid_post.2"].norm > 0.5 * float(planted.b.norm())
+
+    ids = torch.tensor([acts.encoded[0].ids])
+    with torch.no_grad():
+        tuned = planted.tuned(ids).logits
+        with steer(planted.base, steps):
+            found = planted.base(ids).logits
+        with steer(planted.base, vectors):
+            too_much = planted.base(ids).logits
+    torch.testing.assert_close(found, tuned, rtol=0, atol=1e-4)
+    assert (too_much - tuned).abs().max() > 0.1
+
+
+def test_increments_of_the_tokens_that_are_steered() -> None:
+    """Where the last prompt token alone is steered, that is where they are estimated."""
+    planted = planted_pair(0)
+    acts = extract(
+        planted.pair, PROMPTS, sites=("resid_post.0", "resid_post.2"), position="prompt_last"
+    )
+    steps = increments(planted.pair, acts, positions="prompt_last")
+    assert steps.metadata["positions"] == "prompt_last"
+    left = []
+    for item, tuned in zip(acts.encoded, acts.tuned["resid_post.2"], strict=True):
+        seen: list[torch.Tensor] = []
+        hook = planted.base.model.layers[2].register_forward_hook(
+            lambda _m, _i, out, seen=seen: seen.append(out[0, -1])
+        )
+        with torch.no_grad(), steer(planted.base, steps["resid_post.0"], positions="prompt_last"):
+            planted.base(torch.tensor([item.ids]))
+        hook.remove()
+        left.append((tuned - seen[0]).double())
+    expected = torch.stack(left).mean(dim=0)
+    assert expected.norm() > 1e-2  # earlier tokens' b reaches it through attention
+    torch.testing.assert_close(steps["resid_post.2"].tensor, expected, rtol=0, atol=1e-5)
