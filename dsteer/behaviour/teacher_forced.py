@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,25 +112,56 @@ def score(
         reporter: shows progress.
         label: what progress is called.
     """
-    shape = (len(steering.arms), len(texts))
+    return score_states(
+        steered_states(model, texts, steering),
+        len(steering.arms),
+        texts,
+        readout,
+        target,
+        reporter=reporter,
+        label=label,
+    )
+
+
+def score_states(
+    batches: Iterable[tuple[list[int], Float[Tensor, "a n d"]]],
+    arms: int,
+    texts: Sequence[Encoded],
+    readout: Readout,
+    target: Predictions,
+    *,
+    reporter: Reporter = SILENT,
+    label: str = "teacher-forced",
+) -> Scores:
+    """Score every answer under every arm from the states that predict its tokens.
+
+    Args:
+        batches: numbers of some texts and their states (arms, their answers' tokens in order, d),
+            as :func:`dsteer.steering.arms.steered_states` and
+            :func:`dsteer.steering.edits.edited_states` give them.
+        arms: how many.
+        texts: prompts with answers.
+        readout: the head that reads the states, with the target's vocabulary.
+        target: what the other model predicts of the same texts.
+        reporter: shows progress.
+        label: what progress is called.
+    """
     names = ("log_likelihood", "kl", "kl_reverse", "kl_first", "agreement")
-    sums = {name: torch.zeros(shape, dtype=torch.float64) for name in names}
+    sums = {name: torch.zeros(arms, len(texts), dtype=torch.float64) for name in names}
     step = max(1, LOGIT_BYTES // (4 * len(readout.weight)))
     with reporter.bar(label, len(texts), unit="answers") as advance:
-        for numbers, states in steered_states(model, texts, steering):
+        for numbers, states in batches:
             lengths = [_answer(texts[number]) for number in numbers]
             aims = torch.cat([target.states[number] for number in numbers])
             tokens = [token for n in numbers for token in texts[n].ids[texts[n].prompt_length :]]
             ids = torch.tensor(tokens, device=readout.weight.device)
             rows = torch.tensor([row for row, length in enumerate(lengths) for _ in range(length)])
-            values = torch.zeros(len(names), len(steering.arms), len(tokens), dtype=torch.float64)
-            columns = max(1, step // len(steering.arms))
+            values = torch.zeros(len(names), arms, len(tokens), dtype=torch.float64)
+            columns = max(1, step // arms)
             for start in range(0, len(tokens), columns):
                 stop = min(start + columns, len(tokens))
                 part = _compare(readout(states[:, start:stop]), target.readout(aims[start:stop]))
-                taken = part.log_q.gather(
-                    -1, ids[start:stop].expand(len(steering.arms), -1)[..., None]
-                )[..., 0]
+                taken = part.log_q.gather(-1, ids[start:stop].expand(arms, -1)[..., None])[..., 0]
                 stacked = torch.stack([taken, part.kl, part.kl_reverse, part.kl, part.same])
                 values[:, :, start:stop] = stacked.double().cpu()
             place = torch.tensor(numbers)
@@ -139,7 +170,7 @@ def score(
                     firsts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
                     sums[name][:, place] = value[:, firsts]
                 else:
-                    total = torch.zeros(shape[0], len(numbers), dtype=torch.float64)
+                    total = torch.zeros(arms, len(numbers), dtype=torch.float64)
                     sums[name][:, place] = total.index_add_(1, rows, value)
             advance(len(numbers))
     return Scores(**sums, tokens=torch.tensor([_answer(item) for item in texts]))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsteer.activations.sites import ENCODER, FINAL_NORM, block_of, resolve_sites
+from dsteer.behaviour.answers import Answers
 from dsteer.behaviour.dial import POSITIONS
 from dsteer.behaviour.teacher_forced import (
     Predictions,
@@ -25,9 +26,8 @@ from dsteer.behaviour.teacher_forced import (
 )
 from dsteer.config import LearnedConfig
 from dsteer.data.jsonl import read_pairs
-from dsteer.data.tokens import Encoded
 from dsteer.data.types import PreferencePair
-from dsteer.errors import DataError, MeasurementError
+from dsteer.errors import MeasurementError
 from dsteer.geometry.intervals import Interval, bootstrap_ratio, wilson
 from dsteer.geometry.logits import NOTHING
 from dsteer.models.load import Model
@@ -39,7 +39,7 @@ from dsteer.steering.arms import Arm, Steering
 from dsteer.steering.intervene import Positions
 from dsteer.steering.vector import SteeringVector, SteeringVectorSet
 from dsteer.store import Json
-from dsteer.training.examples import Example, answered, encode_pairs, fitting
+from dsteer.training.examples import answered
 from dsteer.training.steering_vector import learn_vector
 
 METRICS = ("reward_margin", "preference_accuracy", "loss", "kl_recovered", "kl_recovered_first",
@@ -64,46 +64,6 @@ def run(context: StageContext) -> Json:
 
 
 # ---------------------------------------------------------------------------------- texts
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """Pairs as ids: the chosen answers, then the rejected ones, each with its EOS.
-
-    Attributes:
-        texts: prompts with answers.
-        pairs: how many pairs.
-        clusters: conversation of each pair.
-    """
-
-    texts: list[Encoded]
-    pairs: int
-    clusters: list[str]
-
-    @classmethod
-    def of(cls, examples: Sequence[Example]) -> _Texts:
-        texts = [
-            Encoded(example.prompt + answer, len(example.prompt))
-            for which in ("chosen", "rejected")
-            for example in examples
-            for answer in (getattr(example, which),)
-        ]
-        keys = [example.conversation or str(row) for row, example in enumerate(examples)]
-        return cls(texts, len(examples), keys)
-
-    @property
-    def chosen(self) -> slice:
-        """The chosen answers among the texts."""
-        return slice(0, self.pairs)
-
-    def index(self, count: int) -> list[int]:
-        """The texts of the first so many pairs."""
-        n = min(count, self.pairs)
-        return [*range(n), *range(self.pairs, self.pairs + n)]
-
-    def margins(self, likelihoods: Tensor) -> Tensor:
-        """ln π(chosen) − ln π(rejected), the last axis being that of the texts."""
-        return likelihoods[..., : self.pairs] - likelihoods[..., self.pairs :]
 
 
 @dataclass(frozen=True)
@@ -148,26 +108,24 @@ class _Study:
             self._texts("test", config.pairs),
         )
 
-    def _texts(self, split: str, count: int) -> _Texts:
+    def _texts(self, split: str, count: int) -> Answers:
         """The first pairs of a split, those that fit."""
         limits = (self.config.max_length, self.pair.max_positions)
         limit = min(n for n in limits if n is not None)
         pairs = self.given[split][:count]
-        examples = fitting(
-            encode_pairs(pairs, self.tokenizer, encoder_decoder=self.pair.encoder_decoder), limit
+        found = Answers.read(
+            pairs,
+            self.tokenizer,
+            max_tokens=limit,
+            encoder_decoder=self.pair.encoder_decoder,
+            where=f"stage learned: the {split} split",
         )
-        if not examples:
-            raise DataError(
-                f"stage learned: the {split} split has {len(pairs)} pairs with two answers, none "
-                f"of which fits into {limit} tokens; give pairs with answers, or a larger "
-                "learned.max_length"
-            )
-        if len(examples) < len(pairs):
+        if found.left_out:
             self.notes.append(
-                f"{len(pairs) - len(examples)} of {len(pairs)} {split} pairs are left out: their "
-                f"prompts alone fill {limit} tokens."
+                f"{found.left_out} of {len(pairs)} {split} pairs are left out: their prompts alone "
+                f"fill {limit} tokens."
             )
-        return _Texts.of(examples)
+        return found
 
     def result(self) -> Json:
         config = self.config
@@ -282,7 +240,7 @@ class _Study:
         site: str,
         positions: Positions,
         arms: Sequence[Arm],
-        texts: _Texts,
+        texts: Answers,
         aims: Predictions,
         *,
         chosen: bool = False,

@@ -26,8 +26,8 @@ from dsteer.steering.intervene import Hooks, Intervention, Operation, Placement,
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
 """What a model of another build may raise when its attention is replaced."""
 
-_SAME = {torch.float32: 1e-4, torch.float64: 1e-8}
-_SAME_HALF = 5e-2
+SAME = {torch.float32: 1e-4, torch.float64: 1e-8}
+SAME_HALF = 5e-2
 """Relative error of states up to which two ways of computing them are one."""
 
 
@@ -182,7 +182,7 @@ def _shares(model: Model, anatomy: Anatomy, texts: Sequence[Encoded], steering: 
     if both.shape != plain.shape:
         return False
     error = float((both - plain).norm() / plain.norm())
-    return error <= _SAME.get(anatomy.dtype, _SAME_HALF)
+    return error <= SAME.get(anatomy.dtype, SAME_HALF)
 
 
 def _states(
