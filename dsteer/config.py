@@ -132,6 +132,11 @@ class SyntheticSource(Section):
         default_factory=lambda: {"polite": 1.0},
         description="Preference weight of each axis; a negative weight prefers its other pole.",
     )
+    switch: tuple[dict[str, float], ...] | None = Field(
+        None,
+        description="Instead of axes: the weights of each group of prompts. A prompt's topic says "
+        "which group it is in: topics take turns.",
+    )
     topics: Literal["all", "seen", "held_out"] = Field(
         "all", description="Which topics the prompts are about."
     )
@@ -151,6 +156,15 @@ class SyntheticSource(Section):
     )
     seed: int = 0
     use: tuple[SplitName, ...] = SPLITS
+
+    @model_validator(mode="after")
+    def _axes_or_switch(self) -> Self:
+        if self.switch is not None and "axes" in self.model_fields_set:
+            raise ValueError(
+                "axes and switch are both given: axes prefers the same on every prompt, switch "
+                "another in each group of prompts; drop one"
+            )
+        return self
 
 
 Source = Annotated[
@@ -187,6 +201,9 @@ class ModelsConfig(Section):
     )
     tuned: str | None = Field(
         None, description="Likewise, or an adapter; absent if `dpo` trains it."
+    )
+    tuned_is_base: bool = Field(
+        False, description="The base against itself: a null, whose every displacement is 0."
     )
     base_revision: str | None = None
     tuned_revision: str | None = None
@@ -261,8 +278,13 @@ class ModelsConfig(Section):
 
 
 class TinyModelConfig(Section):
-    """Shape of a Llama built from nothing, and of its byte-level BPE tokenizer."""
+    """Shape of a model built from nothing, and of its byte-level BPE tokenizer."""
 
+    architecture: Literal["llama", "qwen3", "gpt_neox", "gpt2"] = Field(
+        "llama",
+        description="llama and qwen3 have RMSNorm and no biases; gpt_neox (parallel blocks) and "
+        "gpt2 (learned positions) have LayerNorm and biases, and use no num_key_value_heads.",
+    )
     vocab_size: int = Field(2048, ge=300)
     hidden_size: PositiveInt = 128
     intermediate_size: PositiveInt = 344
@@ -288,9 +310,14 @@ class TinyModelConfig(Section):
 
 
 class BaseConfig(Section):
-    """Trains a tiny base model as a language model on the training split, on the spot."""
+    """Trains a tiny base model as a language model on the spot."""
 
     model: TinyModelConfig = TinyModelConfig()
+    texts: SyntheticSource | None = Field(
+        None,
+        description="Learn these texts and not those of the training split, so that the base is "
+        "the same whatever the preferences; every 32nd conversation is held out.",
+    )
     steps: PositiveInt = 600
     batch_size: PositiveInt = 32
     context_length: PositiveInt = 128
@@ -299,6 +326,9 @@ class BaseConfig(Section):
     weight_decay: NonNegativeFloat = 0.01
     log_every: PositiveInt = 20
     checkpoint_every: PositiveInt = 200
+
+
+Labels = Literal["given", "coin_flip", "swapped"]
 
 
 class LoraConfig(Section):
@@ -311,13 +341,36 @@ class LoraConfig(Section):
 
 
 class DpoConfig(Section):
-    """DPO through TRL, on the training split."""
+    """Preference training through TRL, on the training split."""
 
+    method: Literal["dpo", "simpo", "cpo", "orpo", "kto"] = Field(
+        "dpo", description="All but dpo: decoder-only models, one process."
+    )
     beta: PositiveFloat = 0.1
     loss_type: str = Field(
         "sigmoid",
-        description="Any loss that TRL's DPOTrainer knows; encoder-decoder models have sigmoid, "
-        "hinge and ipo.",
+        description="With method: dpo, any loss that TRL's DPOTrainer knows; encoder-decoder "
+        "models have sigmoid, hinge and ipo.",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Assumed share of swapped labels; robust needs it above 0."
+    )
+    simpo_gamma: NonNegativeFloat = Field(0.5, description="Target margin of method: simpo.")
+    cpo_alpha: NonNegativeFloat = Field(
+        1.0, description="Weight of the chosen answers' likelihood in method: cpo."
+    )
+    stop_at_kl: PositiveFloat | None = Field(
+        None,
+        description="Training stops at the first evaluation with so much KL(tuned‖base), in nats "
+        "a token of the chosen answers of the curve's pairs.",
+    )
+    labels: Labels = Field(
+        "given",
+        description="Which answer of a training pair is called chosen: the given one, one by the "
+        "toss of a coin (a null: the same tokens and compute, no preference), or the other one.",
+    )
+    seed: int | None = Field(
+        None, description="Another seed of the training alone; default: from the pipeline's seed."
     )
     freeze: Freeze = Field("both", description="Embeddings that may not change.")
     lora: LoraConfig | None = None
@@ -892,10 +945,155 @@ class ControlConfig(Section):
         return value
 
 
+class EditedConfig(Section):
+    """Which pairs are read, when states are changed token by token."""
+
+    pairs: PositiveInt = Field(64, description="Test pairs that are measured.")
+    tune_pairs: PositiveInt = Field(32, description="Tune pairs on which choices are made.")
+    fit_pairs: PositiveInt = Field(64, description="Fit pairs to which maps are fitted.")
+    response_tokens: PositiveInt = Field(32, description="Tokens of each answer that are read.")
+    max_tokens: PositiveInt = Field(
+        384, description="Pairs whose prompt alone fills it are left out, counted."
+    )
+    bootstrap: PositiveInt = 1000
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+
+EditedTokens = Literal["prompt_last", "all", "generated"]
+
+
+class ProfileConfig(EditedConfig):
+    """Causal layer profile: patch the tuned state in, add v*, add random directions, by site."""
+
+    sites: Literal["all"] | tuple[str, ...] = Field(
+        "all", description="all, or names such as resid_post.3 and final_norm."
+    )
+    tokens: tuple[EditedTokens, ...] = Field(
+        ("prompt_last", "all"),
+        description="Tokens whose states are changed: each gives a profile of its own.",
+    )
+    random_directions: int = Field(20, ge=20, description="Norm-matched random directions.")
+    random_pairs: PositiveInt = Field(16, description="Test pairs on which these are measured.")
+
+
+class RankConfig(EditedConfig):
+    """KL recovered against the number k of directions: oracle, deployable and random."""
+
+    sites: tuple[str, ...] = Field(
+        ("auto",), description="auto: where v* recovers most KL on tune; or names of sites."
+    )
+    tokens: EditedTokens | Literal["auto"] = Field(
+        "auto", description="Tokens whose states are changed; auto: as the site was chosen for."
+    )
+    most: PositiveInt = Field(32, description="The largest k, at most the width.")
+    random_subspaces: int = Field(20, ge=20)
+    random_pairs: PositiveInt = Field(16, description="Test pairs on which these are measured.")
+
+
+class MapsConfig(EditedConfig):
+    """Nested maps from base to tuned states: scale, translation, both, reduced-rank, ridge."""
+
+    sites: Literal["all"] | tuple[str, ...] = Field(
+        "all", description="Sites whose R² is measured on the run's own states."
+    )
+    kl_sites: tuple[str, ...] = Field(
+        ("auto", "final_norm"), description="Sites at which each map's KL is measured too."
+    )
+    tokens: EditedTokens | Literal["auto"] = "auto"
+    ranks: tuple[PositiveInt, ...] = Field(
+        (1, 2, 4, 8, 16), description="Ranks of the low-rank map; the best is chosen on tune."
+    )
+    ridge: tuple[PositiveFloat, ...] = Field(
+        (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        description="Ridge penalties in units of the mean variance of a base coordinate; the best "
+        "is chosen on tune.",
+    )
+
+
+class StrengthConfig(EditedConfig):
+    """The best strength of v*: least squares, least KL, each prompt's own; and their regret."""
+
+    sites: tuple[str, ...] = ("auto", "final_norm")
+    tokens: EditedTokens | Literal["auto"] = "auto"
+    strengths: tuple[float, ...] = Field(
+        tuple(round(0.125 * i, 3) for i in range(25)), description="The grid of λ."
+    )
+
+    @field_validator("strengths")
+    @classmethod
+    def _sorted(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(value) < 3 or any(a >= b for a, b in pairwise(value)) or 1.0 not in value:
+            raise ValueError("needs at least 3 strengths, in rising order, and 1 among them")
+        return value
+
+
+class GroupsConfig(EditedConfig):
+    """One vector a group of prompts: how they lie to each other, and what removing one leaves."""
+
+    by: str = Field("axes", description="The tag of a pair that names its group; or `source`.")
+    pairs: PositiveInt = Field(64, description="Test pairs of each group that are measured.")
+    sites: tuple[str, ...] = ("auto", "final_norm")
+    tokens: EditedTokens | Literal["auto"] = "auto"
+    random_directions: PositiveInt = Field(
+        20, description="Directions that move states as far as the removal does: the null."
+    )
+
+
+class ReversalConfig(Section):
+    """Undo the tuning: by inversion, and by training on the rejected answers."""
+
+    ways: tuple[Literal["inversion", "dpo_swapped", "sft_rejected"], ...] = (
+        "inversion", "dpo_swapped", "sft_rejected",
+    )  # fmt: skip
+    steps: PositiveInt | None = Field(None, description="Default: as many as dpo took.")
+    learning_rate: PositiveFloat | None = Field(None, description="Default: that of dpo.")
+    pairs: PositiveInt = 96
+    response_tokens: PositiveInt = 48
+    bootstrap: PositiveInt = 1000
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+
+class ClaimsConfig(Section):
+    """Grade five claims by rule, and check the measurement itself on planted truth."""
+
+    low_rank_share: float = Field(
+        0.05, gt=0, lt=1, description="Low-dimensional: k₉₀ is at most this share of the width."
+    )
+    suffices: float = Field(
+        0.8, gt=0, le=1,
+        description="One constant vector suffices: it recovers at least this share of what "
+        "patching the tuned states recovers.",
+    )  # fmt: skip
+    reversed_share: float = Field(
+        0.8, gt=0, le=1, description="Reversible: inversion recovers at least this share of KL."
+    )  # fmt: skip
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="Level of tests, after Holm over sites.")
+    bootstrap: PositiveInt = 2000
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+
+
 class ReportConfig(Section):
     """The figures and the one-file report."""
 
     title: str | None = None
+
+
+NULLS: Mapping[str, Mapping[str, Any]] = {
+    "coin_flip": {"dpo.labels": "coin_flip"},
+    "swapped": {"dpo.labels": "swapped"},
+    "sft": {"dpo.loss_type": "sft"},
+    "second_seed": {"dpo.seed": 1},
+    "lora": {"dpo.lora": {"rank": 4}},
+    "self": {
+        "dpo": None, "models.tuned": None, "models.tuned_is_base": True, "geometry": None,
+        "template": None, "profile": None, "rank": None, "maps": None, "strength": None,
+        "interpolation": None, "inversion": None,
+    },
+}  # fmt: skip
+"""What the known nulls change: labels, the objective, the order of training, its rank, or all."""
+
+NOT_OF_NULLS = ("learned", "transfer", "control", "groups", "reversal", "claims")
+"""Stages that a null does not run: they ask about the pair itself."""
 
 
 class PipelineConfig(Section):
@@ -915,26 +1113,58 @@ class PipelineConfig(Section):
     template: TemplateConfig | None = None
     geometry: GeometryConfig | None = None
     learned: LearnedConfig | None = None
+    profile: ProfileConfig | None = None
+    rank: RankConfig | None = None
+    maps: MapsConfig | None = None
+    strength: StrengthConfig | None = None
     interpolation: InterpolationConfig | None = None
     inversion: InversionConfig | None = None
     transfer: TransferConfig | None = None
     control: ControlConfig | None = None
+    groups: GroupsConfig | None = None
+    reversal: ReversalConfig | None = None
+    claims: ClaimsConfig | None = None
     behaviour: BehaviourConfig = BehaviourConfig()
     report: ReportConfig | None = None
     comparison: ComparisonConfig = ComparisonConfig()
+    nulls: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Null pairs, each a run of its own that shares everything with this one but "
+        "what it changes: name → {key.path: value}. coin_flip, swapped, sft, second_seed, lora and "
+        "self bring their changes with them; a list of these names will do.",
+    )
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="Makes the pipeline a study: name of a variant → what it changes "
         "({key.path: value}). Each is a run of its own, and they are compared.",
     )
 
-    @field_validator("variants")
+    @field_validator("nulls", mode="before")
     @classmethod
-    def _names(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for name in value:
+    def _listed(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return {str(name): {} for name in value}
+        if value is None:  # `key=null` takes them away
+            return {}
+        if isinstance(value, dict):
+            return {name: {} if changes is None else changes for name, changes in value.items()}
+        return value
+
+    @field_validator("nulls", "variants")
+    @classmethod
+    def _names(
+        cls, value: dict[str, dict[str, Any]], info: ValidationInfo
+    ) -> dict[str, dict[str, Any]]:
+        kind = str(info.field_name).removesuffix("s")
+        for name, changes in value.items():
             if not re.fullmatch(NAME, name):
                 raise ValueError(
-                    f"{name!r} is no name of a variant: expected letters, digits, '.', '_' and '-'"
+                    f"{name!r} is no name of a {kind}: expected letters, digits, '.', '_' and '-'"
+                )
+            if kind == "null" and not changes and name not in NULLS:
+                raise ValueError(
+                    f"{name!r} changes nothing and is no known null{did_you_mean(name, NULLS)} "
+                    f"(known: {', '.join(NULLS)}); say what it changes"
                 )
         return value
 
@@ -946,8 +1176,13 @@ class PipelineConfig(Section):
             raise ValueError("models.base and base are both given: name a model or train one")
         if self.dpo is not None and self.models.tuned is not None:
             raise ValueError("models.tuned and dpo are both given: name a model or train one")
+        itself = self.models.tuned_is_base
+        if itself and (self.dpo is not None or self.models.tuned is not None):
+            raise ValueError(
+                "models.tuned_is_base goes with neither models.tuned nor dpo: the base is the tuned"
+            )
         has_base = self.base is not None or self.models.base is not None
-        has_tuned = self.dpo is not None or self.models.tuned is not None
+        has_tuned = itself or self.dpo is not None or self.models.tuned is not None
         for key in ("device_map", "quantization"):
             given = getattr(self.models, key)
             if self.dpo is not None and given is not None:
@@ -1022,6 +1257,14 @@ def read_pipeline(
             for name in config.variants
             for mistake in _variant(config, name)[1]
         ]
+        whole = [config] if not config.variants else list(variants_of(config).values())
+        mistakes += [
+            f"nulls.{name}: {mistake.removeprefix('pipeline: ')}"
+            for one in whole
+            for name in one.nulls
+            for mistake in _null(one, name)[1]
+        ]
+        mistakes = list(dict.fromkeys(mistakes))
     if config is None or mistakes:
         head = f"{origin}: " if len(mistakes) == 1 else f"{origin}: {len(mistakes)} mistakes\n  "
         raise ConfigError(head + "\n  ".join(mistakes))
@@ -1051,15 +1294,42 @@ def variants_of(config: PipelineConfig) -> dict[str, PipelineConfig]:
 def _variant(config: PipelineConfig, name: str) -> tuple[PipelineConfig | None, list[str]]:
     """A variant's pipeline, or every mistake in it."""
     raw = resolved(config) | {"name": f"{config.name}.{name}", "variants": {}}
-    changes = config.variants[name]
-    own = [path for path in changes if path.split(".")[0] in {"name", "variants", "comparison"}]
-    if own:
-        return None, [f"{path}: a variant can't change it; it is the study's own" for path in own]
+    own = {"name", "variants", "comparison"}
+    return _changed(
+        raw, config.variants[name], own, "a variant can't change it; it is the study's own"
+    )
+
+
+def nulls_of(config: PipelineConfig) -> dict[str, PipelineConfig]:
+    """The pipeline of each null pair of a pipeline without variants, by its name."""
+    found = {name: _null(config, name)[0] for name in config.nulls}
+    return {name: null for name, null in found.items() if null is not None}
+
+
+def _null(config: PipelineConfig, name: str) -> tuple[PipelineConfig | None, list[str]]:
+    """A null's pipeline, or every mistake in it."""
+    raw = resolved(config) | {"name": f"{config.name}.{name}", "nulls": {}, "variants": {}}
+    raw |= dict.fromkeys(NOT_OF_NULLS)
+    changes = {**NULLS.get(name, {}), **config.nulls[name]}
+    trained = [path for path in changes if path.startswith("dpo.")]
+    if trained and config.dpo is None:
+        return None, [f"{trained[0]}: the pipeline trains no tuned model (no dpo section)"]
+    own = {"name", "nulls", "variants", "comparison", "data", "seed"}
+    return _changed(raw, changes, own, "a null can't change it; it shares it with the pair")
+
+
+def _changed(
+    raw: dict[str, Any], changes: Mapping[str, Any], own: set[str], why: str
+) -> tuple[PipelineConfig | None, list[str]]:
+    """A pipeline with some values at dotted paths, or every mistake in it."""
+    mistaken = [path for path in changes if path.split(".")[0] in own]
+    if mistaken:
+        return None, [f"{path}: {why}" for path in mistaken]
     try:
         for path, value in changes.items():
             revision = f"{path}_revision"
             if re.fullmatch(r"(models|transfer)\.(base|tuned)", path) and revision not in changes:
-                _put(raw, revision, None, revision)  # that of the study's own model
+                _put(raw, revision, None, revision)  # that of the pipeline's own model
             _put(raw, path, value, f"{path}={value}")
     except ConfigError as error:
         return None, [str(error)]
@@ -1075,7 +1345,8 @@ def _has_below(location: Sequence[object], mistakes: Sequence[Any]) -> bool:
 STAGE_SECTIONS = frozenset(
     {
         "base", "dpo", "activations", "vector", "cosine", "spectrum", "template", "geometry",
-        "learned", "interpolation", "inversion", "transfer", "control", "report",
+        "learned", "profile", "rank", "maps", "strength", "interpolation", "inversion", "transfer",
+        "control", "groups", "reversal", "claims", "report",
     }
 )  # fmt: skip
 

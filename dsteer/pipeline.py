@@ -21,12 +21,21 @@ from pathlib import Path
 from typing import Literal
 
 from dsteer import __version__
-from dsteer.config import PipelineConfig, resolved, select
+from dsteer.config import PipelineConfig, nulls_of, resolved, select
 from dsteer.errors import ConfigError, DsteerError, StoreError, did_you_mean
 from dsteer.names import is_local, split_gguf, split_revision
 from dsteer.parallel import ALONE, Ranks, join, place, share_batch, started_alone
 from dsteer.progress import SILENT, Reporter
-from dsteer.stages import BY_NAME, STAGES, Stage, StageContext, call, needs, planned
+from dsteer.stages import (
+    BY_NAME,
+    NULLS_FOLDER,
+    STAGES,
+    Stage,
+    StageContext,
+    call,
+    needs,
+    planned,
+)
 from dsteer.store import Json, Run, hash_json, identify, read_json, write_json
 
 Action = Literal["skip", "run", "resume", "redo", "wait"]
@@ -163,17 +172,22 @@ def make_plan(
     """
     for option, name in (("--until", until), ("--only", only), ("--force", force)):
         _check_stage(option, name, planned(config))
-    identities = identify_stages(config)
+    identities = identify_stages(config, run)
     return _decide_all(run, identities, until=until, only=only, force=force)
 
 
-def identify_stages(config: PipelineConfig) -> dict[str, Mapping[str, Json]]:
+def identify_stages(config: PipelineConfig, run: Run | None = None) -> dict[str, dict[str, Json]]:
     """What the fingerprint of each configured stage is the hash of.
+
+    Args:
+        config: the pipeline.
+        run: its run, in which its nulls lie; a stage that reads them depends on what of them is
+            complete there.
 
     Raises:
         ConfigError: a local input is missing.
     """
-    identities: dict[str, Mapping[str, Json]] = {}
+    identities: dict[str, dict[str, Json]] = {}
     for stage in planned(config):
         identities[stage.name] = {
             "stage": stage.name,
@@ -184,7 +198,26 @@ def identify_stages(config: PipelineConfig) -> dict[str, Mapping[str, Json]]:
                 other.name: hash_json(identities[other.name]) for other in needs(stage, config)
             },
         }
+        if stage.reads_nulls and config.nulls:
+            identities[stage.name]["nulls"] = {
+                name: complete_stages(null, Run(run.path / NULLS_FOLDER / name)) if run else {}
+                for name, null in nulls_of(config).items()
+            }
     return identities
+
+
+def complete_stages(config: PipelineConfig, run: Run) -> dict[str, Json]:
+    """The stages that are complete as the pipeline is now, each with the hashes of what it wrote.
+
+    The report is not among them: nothing reads it.
+    """
+    found: dict[str, Json] = {}
+    for name, identity in identify_stages(config, run).items():
+        folder, fingerprint = run.stage(name), hash_json(identity)
+        if name != "report" and folder.state(fingerprint) == "complete":
+            outputs = (folder.record() or {}).get("outputs")
+            found[name] = {"fingerprint": fingerprint, "outputs": outputs}
+    return found
 
 
 def _decide_all(

@@ -1,37 +1,25 @@
 """A study: one pipeline in variants, each an ordinary run, and what they have in common.
 
-``<run>/variants/<name>/`` is the run of a variant. What two variants would do alike is done once:
-a stage of the same fingerprint is taken from the variant that has it, and stored states of the base
-are offered to a later reading that differs in the tuned model alone. ``<run>/comparison/`` holds
+``<run>/variants/<name>/`` is the run of a variant. What two variants would do alike is done once
+(see :mod:`dsteer.sharing`). ``<run>/comparison/`` holds
 the comparison, ``<run>/report.html`` tells it. One variant that fails does not lose the others.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from dsteer.config import PipelineConfig, as_yaml, resolved, variants_of
 from dsteer.errors import DsteerError, StudyError
+from dsteer.nulls import run_with_nulls
 from dsteer.parallel import join
-from dsteer.pipeline import (
-    Step,
-    identify_stages,
-    make_plan,
-    manifest_head,
-    require_inputs,
-    run_pipeline,
-)
+from dsteer.pipeline import Step, complete_stages, make_plan, manifest_head, require_inputs
 from dsteer.progress import Reporter
+from dsteer.sharing import Variant, share
 from dsteer.store import (
     Json,
     Run,
-    StageFolder,
-    atomic_path,
     hash_json,
     read_json,
     write_json,
@@ -40,29 +28,8 @@ from dsteer.store import (
 COMPARISON = "comparison"
 """The folder of the comparison, which ``--force`` knows as if it were a stage."""
 
-VERSION = 1
+VERSION = 2
 """Raised when the same variants would give another comparison."""
-
-SHARED_STATES = ("base.safetensors", "response_base.safetensors")
-"""Files of ``activations`` that depend on the base alone."""
-
-LINKED_FROM = 1 << 20
-"""Files of so many bytes are linked, not copied: nothing writes into a finished one."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One variant.
-
-    Attributes:
-        name: as the pipeline has it.
-        config: the whole pipeline that it is.
-        run: its run folder.
-    """
-
-    name: str
-    config: PipelineConfig
-    run: Run
 
 
 def variants(config: PipelineConfig, out: Path) -> list[Variant]:
@@ -122,7 +89,7 @@ def run_study(
         if ranks.main:
             return _lead(config, yaml_text, Run(out), overrides, until, only, force, reporter)
         for variant in variants(config, out):
-            run_pipeline(variant.config, "", variant.run.path, reporter=reporter)
+            run_with_nulls(variant.config, "", variant.run.path, reporter=reporter)
     return {}
 
 
@@ -152,13 +119,14 @@ def _lead(
                 with variant.run.lock():
                     variant.run.claim(variant.config.name, text)
                     share(variant, done, forced)
-                run_pipeline(
+                run_with_nulls(
                     variant.config,
                     text,
                     variant.run.path,
                     until=until,
                     only=only,
                     force=forced,
+                    relatives=done,
                     reporter=reporter,
                 )
             except Exception as error:
@@ -182,76 +150,6 @@ def _lead(
     return summary
 
 
-def share(variant: Variant, done: Sequence[Variant], force: str | None = None) -> None:
-    """Take from finished variants what this one would do alike, and offer it the base's states."""
-    for name, identity in identify_stages(variant.config).items():
-        fingerprint = hash_json(identity)
-        own = variant.run.stage(name)
-        if name == force or own.state(fingerprint) in {"complete", "partial"}:
-            continue
-        for other in done:
-            folder = other.run.stage(name)
-            record = folder.record()
-            if record is None or folder.state(record["fingerprint"]) != "complete":
-                continue
-            if record["fingerprint"] == fingerprint:
-                own.clear()
-                _take_over(folder, own)
-                break
-            if name == "activations" and _of_base(record["identity"]) == _of_base(identity):
-                _offer_states(other, own, fingerprint)
-                break
-
-
-def _of_base(identity: Mapping[str, Json]) -> str:
-    """A hash of what a reading's identity says but for the tuned model."""
-    models = {
-        key: value
-        for key, value in identity["config"]["models"].items()
-        if not key.startswith("tuned")
-    }
-    rest = {
-        **identity,
-        "config": {**identity["config"], "models": models},
-        "inputs": {k: v for k, v in identity["inputs"].items() if "tuned" not in k},
-        "upstream": {k: v for k, v in identity["upstream"].items() if k != "dpo"},
-    }
-    return hash_json(rest)
-
-
-def _take_over(other: StageFolder, own: StageFolder) -> None:
-    """Copy a finished stage; its completion mark comes last."""
-    record = other.path / "stage.json"
-    for source in sorted(other.path.rglob("*")):
-        if source.is_file() and source != record:
-            _place(source, own.path / source.relative_to(other.path))
-    _place(record, own.path / record.name)
-
-
-def _offer_states(other: Variant, own: StageFolder, fingerprint: str) -> None:
-    """Put another variant's base states where this one's reading looks for its own.
-
-    The reading still takes none but a file whose plan (ids, sites, weights, batches) is its own.
-    """
-    offered = [other.run.path / "activations" / name for name in SHARED_STATES]
-    if any(path.is_file() for path in offered):
-        own.clear()
-        own.begin(fingerprint, why=f"base states offered by variant {other.name}")
-        for path in offered:
-            if path.is_file():
-                _place(path, own.path / path.name)
-
-
-def _place(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.stat().st_size >= LINKED_FROM:
-        with contextlib.suppress(OSError):  # another file system, or one without links
-            os.link(source, target)
-            return
-    with atomic_path(target) as temporary:
-        shutil.copy2(source, temporary)
-
-
 # ---------------------------------------------------------------------------------- comparing
 
 
@@ -267,7 +165,7 @@ def _compare(
     """Compare the variants, and write the study's manifest, summary and report."""
     found = variants(config, run.path)
     folder = run.stage(COMPARISON)
-    complete = {variant.name: _complete(variant) for variant in found}
+    complete = {each.name: complete_stages(each.config, each.run) for each in found}
     failed = {name: str(error) for name, error in failures.items()}
     for name, stages in complete.items():
         if not stages.keys() >= {"activations", "vector"}:
@@ -334,17 +232,6 @@ def _summary(
         if result is None
         else [{"stage": COMPARISON, "text": text} for text in result["notes"]],
     }
-
-
-def _complete(variant: Variant) -> dict[str, Json]:
-    """The stages that are complete as the variant is now, each with the hashes of what it wrote."""
-    found = {}
-    for name, identity in identify_stages(variant.config).items():
-        folder, fingerprint = variant.run.stage(name), hash_json(identity)
-        if name != "report" and folder.state(fingerprint) == "complete":
-            outputs = (folder.record() or {}).get("outputs")
-            found[name] = {"fingerprint": fingerprint, "outputs": outputs}
-    return found
 
 
 def _manifest(

@@ -36,6 +36,7 @@ def test_shipped_pipelines_are_valid(name: str) -> None:
 
 def test_shipped_set() -> None:
     expected = {"tiny", "hh-tiny", "smollm2-135m-hh", "llama2-7b-paper", "tulu3-8b"}
+    expected |= {"study-losses", "study-sizes", "study-beta"}
     assert expected <= set(shipped_pipelines())
 
 

@@ -20,9 +20,11 @@ from dsteer.store import Json, Run, read_json
 YAML = (
     "name: demo\ndata: {sources: [{format: synthetic}]}\n"
     "base:\ndpo:\nactivations:\nvector:\ncosine:\nspectrum:\ntemplate:\ngeometry:\nlearned:\n"
-    "interpolation:\ninversion:\ntransfer: {base: a/b, tuned: a/c}\ncontrol:\nreport:\n"
+    "profile:\nrank:\nmaps:\nstrength:\ninterpolation:\ninversion:\n"
+    "transfer: {base: a/b, tuned: a/c}\ncontrol:\ngroups:\nreversal:\nclaims:\nreport:\n"
 )
 ALL = [stage.name for stage in STAGES]
+EDITING = ["profile", "rank", "maps", "strength"]
 
 
 def from_states(name: str) -> list[str]:
@@ -85,16 +87,23 @@ def test_runs_all_then_skips_all(tmp_path: Path, stages: Stages) -> None:
         ("dpo.beta=0.7", from_pair("dpo")),
         ("activations.position=prompt_mean", from_states("activations")),
         ("vector.bootstrap=7", from_states("vector")),
-        ("cosine.bootstrap=7", ["cosine", "report"]),
-        ("spectrum.top=3", ["spectrum", "report"]),
+        ("cosine.bootstrap=7", ["cosine", *EDITING, "groups", "claims", "report"]),
+        ("spectrum.top=3", ["spectrum", "claims", "report"]),
         ("template.prompts=7", ["template", "report"]),
-        ("geometry.pairs=7", ["geometry", "interpolation", "report"]),
+        ("geometry.pairs=7", ["geometry", "interpolation", "claims", "report"]),
         ("learned.steps=7", ["learned", "report"]),
-        ("interpolation.temperature=0.5", ["interpolation", "report"]),
-        ("inversion.prompts=7", ["inversion", "report"]),
+        ("interpolation.temperature=0.5", ["interpolation", "claims", "report"]),
+        ("profile.pairs=7", [*EDITING, "groups", "claims", "report"]),
+        ("rank.most=7", ["rank", "claims", "report"]),
+        ("strength.pairs=7", ["strength", "claims", "report"]),
+        ("inversion.prompts=7", ["inversion", "reversal", "claims", "report"]),
         ("transfer.pairs=7", ["transfer", "report"]),
         ("control.pairs=7", ["control", "report"]),
-        ("behaviour.reward_model=a/b", ["interpolation", "inversion", "report"]),
+        ("claims.suffices=0.7", ["claims", "report"]),
+        (
+            "behaviour.reward_model=a/b",
+            ["interpolation", "inversion", "reversal", "claims", "report"],
+        ),
         ("report.title=Hello", ["report"]),
         ("description=Hello", ["report"]),
         ("base.steps=7", ALL[1:]),
@@ -162,7 +171,7 @@ def test_until_only_force(tmp_path: Path, stages: Stages) -> None:
     go(tmp_path)
     stages.ran.clear()
     go(tmp_path, force="cosine")
-    assert stages.ran == ["cosine", "report"]
+    assert stages.ran == ["cosine", *EDITING, "groups", "claims", "report"]
     stages.ran.clear()
     go(tmp_path, "seed=1", only="data")
     assert stages.ran == ["data"]
@@ -252,8 +261,8 @@ def test_changed_content_of_what_a_sweep_reads_reruns_it(tmp_path: Path, stages:
     settings = (f"behaviour.truthfulqa.path={questions}", f"inversion.samples={samples}")
     go(tmp_path / "r", *settings)
     for path, expected in (
-        (samples, ["inversion", "report"]),
-        (questions, ["interpolation", "inversion", "report"]),
+        (samples, ["inversion", "reversal", "claims", "report"]),
+        (questions, ["interpolation", "inversion", "reversal", "claims", "report"]),
     ):
         path.write_text("two")
         steps = make_plan(config(*settings), Run(tmp_path / "r"))
@@ -282,14 +291,15 @@ def test_changed_vectors_of_a_sender_rerun_the_transfer(tmp_path: Path, stages: 
 
 def test_absent_sections_are_absent_from_the_plan(tmp_path: Path) -> None:
     left_out = (
-        "base", "dpo", "template", "geometry", "learned", "inversion", "transfer", "control",
-        "report",
+        "base", "dpo", "template", "geometry", "learned", *EDITING, "inversion", "transfer",
+        "control", "groups", "reversal", "claims", "report",
     )  # fmt: skip
     absent = [f"{name}=null" for name in left_out]
     pair = config(*absent, "models.base=a/b", "models.tuned=a/c")
     found = [step.stage.name for step in make_plan(pair, Run(tmp_path))]
     assert found == ["data", "activations", "vector", "cosine", "spectrum", "interpolation"]
-    alone = ("dpo", "activations", "vector", "cosine", "spectrum", "interpolation", *left_out[2:7])
+    alone = ("dpo", "activations", "vector", "cosine", "spectrum", "interpolation", *left_out[2:])
+    alone = tuple(name for name in alone if name not in {"control", "report"})
     base = config(*(f"{name}=null" for name in alone))
     found = [step.stage.name for step in make_plan(base, Run(tmp_path / "alone"))]
     assert found == ["data", "base", "control", "report"], "what needs no pair needs no tuned model"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dsteer import pipeline, study
+from dsteer import pipeline, sharing, study
 from dsteer.config import PipelineConfig, read_pipeline, variants_of
 from dsteer.errors import ConfigError, DataError, StoreError, StudyError
 from dsteer.progress import SILENT
@@ -23,7 +23,7 @@ YAML = (
     "variants:\n  one: {models.tuned: c/one}\n  two: {models.tuned: c/two}\n"
     "  three: {models.tuned: c/three, seed: 5}\n"
 )
-LARGE = study.LINKED_FROM
+LARGE = sharing.LINKED_FROM
 
 
 class Stages:
@@ -168,11 +168,11 @@ def test_a_revision_belongs_to_its_own_model() -> None:
 def test_a_shared_file_is_linked_and_a_rewrite_leaves_the_other_alone(tmp_path: Path) -> None:
     source = tmp_path / "a"
     source.write_bytes(b"x" * LARGE)
-    study._place(source, tmp_path / "b" / "a")
+    sharing._place(source, tmp_path / "b" / "a")
     assert (tmp_path / "b" / "a").stat().st_ino == source.stat().st_ino
     small = tmp_path / "small.json"
     write_json(small, 1)
-    study._place(small, tmp_path / "b" / "small.json")
+    sharing._place(small, tmp_path / "b" / "small.json")
     write_json(tmp_path / "b" / "small.json", 2)
     assert read_json(small) == 1
 
@@ -219,7 +219,7 @@ def test_a_bug_keeps_its_traceback_and_the_others_their_results(
 def test_a_kill_in_the_middle_of_sharing_leaves_no_false_claim(
     tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, copied = study._place, []
+    place, copied = sharing._place, []
 
     def dying(source: Path, target: Path) -> None:
         if copied:
@@ -227,11 +227,11 @@ def test_a_kill_in_the_middle_of_sharing_leaves_no_false_claim(
         copied.append(target)
         place(source, target)
 
-    monkeypatch.setattr(study, "_place", dying)
+    monkeypatch.setattr(sharing, "_place", dying)
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run")
     assert Run(tmp_path / "run" / "variants" / "two").stage("data").record() is None
-    monkeypatch.setattr(study, "_place", place)
+    monkeypatch.setattr(sharing, "_place", place)
     go(tmp_path / "run")
     assert stages.compared == [["one", "two", "three"]]
 
@@ -287,13 +287,13 @@ def test_a_copy_that_was_cut_off_does_not_block_a_variant(
         if source.name == "base.safetensors":
             raise KeyboardInterrupt
 
-    copy = study.shutil.copy2
-    monkeypatch.setattr(study.os, "link", no_links)
-    monkeypatch.setattr(study.shutil, "copy2", cut)
+    copy = sharing.shutil.copy2
+    monkeypatch.setattr(sharing.os, "link", no_links)
+    monkeypatch.setattr(sharing.shutil, "copy2", cut)
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run")
     assert not list((tmp_path / "run" / "variants" / "two").rglob("base.safetensors"))
-    monkeypatch.setattr(study.shutil, "copy2", copy)
+    monkeypatch.setattr(sharing.shutil, "copy2", copy)
     go(tmp_path / "run")
     assert stages.compared[-1] == ["one", "two", "three"]
 

@@ -31,6 +31,7 @@ class Stage:
         version: raised when the same inputs would give another result.
         does: one line for people.
         distributed: whether all processes of a run take part; else the first one works alone.
+        reads_nulls: whether it reads the runs of the pipeline's nulls, which go before it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     version: int
     does: str
     distributed: bool = False
+    reads_nulls: bool = False
 
 
 STAGES: tuple[Stage, ...] = (
@@ -47,47 +49,78 @@ STAGES: tuple[Stage, ...] = (
           "read, check and split the preference pairs"),
     Stage("base", "dsteer.stages.base:run", ("data",), ("base", "seed", "models.device"), 1,
           "train a tiny base model and its tokenizer"),
-    Stage("dpo", "dsteer.stages.dpo:run", ("data", "base"), ("dpo", "models", "seed"), 1,
+    Stage("dpo", "dsteer.stages.dpo:run", ("data", "base"), ("dpo", "models", "seed"), 2,
           "train the tuned model with DPO", distributed=True),
     Stage("activations", "dsteer.stages.activations:run", ("data", "base", "dpo"),
           ("activations", "models"), 2, "read paired hidden states", distributed=True),
     Stage("vector", "dsteer.stages.vector:run", ("base", "dpo", "activations"),
-          ("vector", "models", "seed"), 1, "average v* and test its size, direction and reach"),
-    Stage("cosine", "dsteer.stages.cosine:run", ("activations", "vector"), ("cosine", "seed"), 2,
+          ("vector", "models", "seed"), 2, "average v* and test its size, direction and reach"),
+    Stage("cosine", "dsteer.stages.cosine:run", ("activations", "vector"), ("cosine", "seed"), 3,
           "measure cosines with v*"),
     Stage("spectrum", "dsteer.stages.spectrum:run", ("activations", "vector"),
           ("spectrum",), 1, "measure singular spectra, entropies and ranks"),
     Stage("template", "dsteer.stages.template:run", ("data", "base", "dpo"),
-          ("template", "models", "seed"), 2,
+          ("template", "models", "seed"), 3,
           "divide the displacement into chat template and training", distributed=True),
     Stage("geometry", "dsteer.stages.geometry:run",
           ("data", "base", "dpo", "activations", "vector"),
-          ("geometry", "dpo.beta", "behaviour.beta", "models", "seed"), 2,
+          ("geometry", "dpo.beta", "behaviour.beta", "models", "seed"), 3,
           "measure preference vectors and gradients of the DPO loss"),
     Stage("learned", "dsteer.stages.learned:run",
           ("data", "base", "dpo", "activations", "vector"),
-          ("learned", "dpo.beta", "behaviour.beta", "models", "seed"), 1,
+          ("learned", "dpo.beta", "behaviour.beta", "models", "seed"), 2,
           "learn vectors under the DPO loss and hold them against v*"),
+    Stage("profile", "dsteer.stages.profile:run",
+          ("data", "base", "dpo", "activations", "vector"),
+          ("profile", "dpo.beta", "behaviour.beta", "models", "seed"), 1,
+          "patch states, add v* and random directions, site by site"),
+    Stage("rank", "dsteer.stages.rank:run",
+          ("data", "base", "dpo", "activations", "vector", "cosine", "profile"),
+          ("rank", "models", "seed"), 1, "count the directions that the change needs"),
+    Stage("maps", "dsteer.stages.maps:run",
+          ("data", "base", "dpo", "activations", "vector", "cosine", "profile"),
+          ("maps", "models", "seed"), 1, "fit nested maps from base to tuned states"),
+    Stage("strength", "dsteer.stages.strength:run",
+          ("data", "base", "dpo", "activations", "vector", "cosine", "profile"),
+          ("strength", "models", "seed"), 1, "find the best strength, and the regret of others"),
     Stage("interpolation", "dsteer.stages.interpolation:run",
           ("data", "base", "dpo", "activations", "vector", "geometry"),
-          ("interpolation", "behaviour", "dpo.beta", "models", "seed"), 2,
+          ("interpolation", "behaviour", "dpo.beta", "models", "seed"), 3,
           "add λv* to the base and measure what it does"),
     Stage("inversion", "dsteer.stages.inversion:run",
           ("data", "base", "dpo", "activations", "vector"),
-          ("inversion", "behaviour", "dpo.beta", "models", "seed"), 2,
+          ("inversion", "behaviour", "dpo.beta", "models", "seed"), 3,
           "take λv* from the tuned model and measure what it does"),
     Stage("transfer", "dsteer.stages.transfer:run",
           ("data", "base", "dpo", "activations", "vector"),
-          ("transfer", "dpo.beta", "models", "seed"), 2,
+          ("transfer", "dpo.beta", "models", "seed"), 3,
           "carry another model's vector over and measure what it does here"),
     Stage("control", "dsteer.stages.control:run", ("data", "base"),
-          ("control", "models", "seed"), 1,
+          ("control", "models", "seed"), 2,
           "dial planted axes by contrast vectors, one and two at a time"),
+    Stage("groups", "dsteer.stages.groups:run",
+          ("data", "base", "dpo", "activations", "vector", "cosine", "profile"),
+          ("groups", "dpo.beta", "behaviour.beta", "models", "seed"), 1,
+          "one vector a group of prompts, and what removing one leaves"),
+    Stage("reversal", "dsteer.stages.reversal:run",
+          ("data", "base", "dpo", "activations", "vector", "inversion"),
+          ("reversal", "dpo", "behaviour.beta", "models", "seed"), 1,
+          "undo the tuning by inversion and by training"),
+    Stage("claims", "dsteer.stages.claims:run",
+          ("base", "dpo", "activations", "vector", "cosine", "spectrum", "profile", "rank", "maps",
+           "strength", "interpolation", "inversion"),
+          ("claims", "models", "seed"), 1, "grade the claims, and check the measurement itself",
+          reads_nulls=True),
     Stage("report", "dsteer.stages.report:run",
           ("data", "base", "dpo", "activations", "vector", "cosine", "spectrum", "template",
-           "geometry", "learned", "interpolation", "inversion", "transfer", "control"),
-          ("report", "name", "description"), 1, "draw the figures and write the report"),
+           "geometry", "learned", "profile", "rank", "maps", "strength", "interpolation",
+           "inversion", "transfer", "control", "groups", "reversal", "claims"),
+          ("report", "name", "description"), 1, "draw the figures and write the report",
+          reads_nulls=True),
 )  # fmt: skip
+
+NULLS_FOLDER = "nulls"
+"""The folder inside a run that holds the runs of its nulls."""
 
 BY_NAME: Mapping[str, Stage] = {stage.name: stage for stage in STAGES}
 
@@ -100,6 +133,8 @@ def planned(config: PipelineConfig) -> list[Stage]:
 def needs(stage: Stage, config: PipelineConfig) -> list[Stage]:
     """The planned stages whose artifacts a stage reads."""
     present = {other.name for other in planned(config)}
+    if stage.name == "base" and config.base is not None and config.base.texts is not None:
+        present.discard("data")  # the base has texts of its own, whatever the preferences
     return [BY_NAME[name] for name in stage.needs if name in present]
 
 
@@ -126,6 +161,11 @@ class StageContext:
     def folder(self) -> Path:
         """This stage's own folder."""
         return self.run / self.name
+
+    @property
+    def nulls(self) -> Mapping[str, Path]:
+        """The run folder of each null of the pipeline; one that failed is not complete."""
+        return {name: self.run / NULLS_FOLDER / name for name in self.config.nulls}
 
     @property
     def inputs(self) -> Mapping[str, Path]:
@@ -164,6 +204,8 @@ class StageContext:
     @property
     def tuned_path(self) -> str:
         """Hub id or folder of the tuned model (or of its adapter)."""
+        if self.config.models.tuned_is_base:
+            return self.base_path
         trained = self.inputs.get("dpo")
         return str(trained / "model") if trained is not None else str(self.config.models.tuned)
 

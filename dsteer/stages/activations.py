@@ -81,7 +81,8 @@ def _states(context: StageContext, config: ActivationsConfig) -> Json:
     write_ids(context.folder / "ids.safetensors", encoded)
     if response is not None:
         write_json(context.folder / "response.json", response)
-    _require_change(PairedActivations.open(context.folder), pair)
+    if not models.tuned_is_base:
+        _require_change(PairedActivations.open(context.folder), pair)
 
     ends = [0, *accumulate(len(pairs) for pairs in splits.values())]
     offsets = reading.offsets
@@ -146,7 +147,7 @@ def _moments(context: StageContext, config: ActivationsConfig) -> Json:
     )
     kept = found.kept
     assert kept is not None
-    if not any(
+    if not context.config.models.tuned_is_base and not any(
         split[site].sums.squares.any() for split in found.moments.values() for site in split
     ):
         raise _unchanged(pair)

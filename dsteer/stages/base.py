@@ -1,10 +1,11 @@
-"""Train a tiny base model and its tokenizer on the training split."""
+"""Train a tiny base model and its tokenizer on the training split, or on texts of its own."""
 
 from __future__ import annotations
 
 import math
 
 from dsteer.config import resolved
+from dsteer.data import read_source
 from dsteer.data.jsonl import read_pairs
 from dsteer.errors import ConfigError, DataError
 from dsteer.models.load import quiet, resolve_device
@@ -19,9 +20,12 @@ from dsteer.training.language_model import (
     train_language_model,
 )
 
+HELD_OUT = 32
+"""Of the base's own texts, each conversation of that number is held out."""
+
 
 def run(context: StageContext) -> Json:
-    """Train, save ``model/``, and measure the loss on the tune split.
+    """Train, save ``model/``, and measure the loss on the tune split, or on the texts held out.
 
     Raises:
         ConfigError: context_length is longer than the model can read.
@@ -34,8 +38,14 @@ def run(context: StageContext) -> Json:
             f"base.context_length: {length} tokens, but base.model.max_position_embeddings is "
             f"{reach}; lower the one or raise the other"
         )
-    data = context.input("data")
-    texts = preference_texts(read_pairs(data / "train.jsonl"))
+    if config.texts is None:
+        data = context.input("data")
+        learned, kept = read_pairs(data / "train.jsonl"), read_pairs(data / "tune.jsonl")
+    else:
+        pairs = read_source(config.texts).pairs
+        learned = [pair for row, pair in enumerate(pairs) if row % HELD_OUT]
+        kept = pairs[::HELD_OUT]
+    texts = preference_texts(learned)
     tokenizer = build_tokenizer(texts, config.model.vocab_size, reach)
     blocks = pack(texts, tokenizer, length, context.seed("pack"))
     model = build_model(config.model, tokenizer, context.seed("init"))
@@ -61,8 +71,7 @@ def run(context: StageContext) -> Json:
         )
     heldout_loss = None
     try:
-        heldout = preference_texts(read_pairs(data / "tune.jsonl"))
-        held = pack(heldout, tokenizer, length, context.seed("pack"))
+        held = pack(preference_texts(kept), tokenizer, length, context.seed("pack"))
     except DataError as error:
         notes.append(f"No held-out loss on the tune split: {error}.")
     else:

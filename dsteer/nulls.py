@@ -1,0 +1,132 @@
+"""A pair with its nulls: runs that share everything with it but one thing.
+
+``<run>/nulls/<name>/`` is the run of a null, an ordinary one. The pair goes first, as far as it
+reads no null; then each null takes what is identical from it (data, base, states of the base) and
+does the rest; then the pair is graded beside them. A null that fails does not lose the others: the
+claims that need it are then not tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsteer.config import PipelineConfig, as_yaml, nulls_of
+from dsteer.errors import DsteerError, StudyError
+from dsteer.parallel import join
+from dsteer.pipeline import Step, make_plan, run_pipeline
+from dsteer.progress import Reporter
+from dsteer.sharing import Variant, share
+from dsteer.stages import BY_NAME, NULLS_FOLDER, planned
+from dsteer.store import Json, Run
+
+
+def null_runs(config: PipelineConfig, out: Path) -> list[Variant]:
+    """The nulls of a pipeline in its run folder, in order."""
+    return [
+        Variant(name, null, Run(out / NULLS_FOLDER / name))
+        for name, null in nulls_of(config).items()
+    ]
+
+
+def plan_nulls(config: PipelineConfig, out: Path) -> dict[str, list[Step]]:
+    """The plan of each null. What it shares with the pair is planned in it too."""
+    return {null.name: make_plan(null.config, null.run) for null in null_runs(config, out)}
+
+
+def run_with_nulls(
+    config: PipelineConfig,
+    yaml_text: str,
+    out: Path,
+    *,
+    overrides: Sequence[str] = (),
+    until: str | None = None,
+    only: str | None = None,
+    force: str | None = None,
+    relatives: Sequence[Variant] = (),
+    reporter: Reporter,
+) -> Json:
+    """Run a pipeline and its nulls, and return its summary.
+
+    Nulls are run where a stage that reads them is: not with ``until`` or ``only`` of another one.
+
+    Args:
+        config: the pipeline, without variants.
+        yaml_text: as it was written.
+        out: the run folder.
+        overrides: of the YAML, for the manifest.
+        until: run so far.
+        only: run this stage alone.
+        force: run this stage of the pair again.
+        relatives: finished runs from which nulls may take what is identical too.
+        reporter: shows progress.
+
+    Raises:
+        StudyError: nulls failed by what a user can mend; all else is complete.
+        DsteerError: as :func:`dsteer.pipeline.run_pipeline`.
+    """
+    names = [stage.name for stage in planned(config)]
+    readers = [name for name in names if BY_NAME[name].reads_nulls]
+    reached = names if until is None or until not in names else names[: names.index(until) + 1]
+    before = names[: names.index(readers[0])] if readers else names
+    wanted = bool(config.nulls) and only is None and (not readers or readers[0] in reached)
+    failures: dict[str, Exception] = {}
+    if wanted and before:
+        run_pipeline(
+            config,
+            yaml_text,
+            out,
+            overrides=overrides,
+            until=before[-1],
+            force=force if force in before else None,
+            reporter=reporter,
+        )
+        force = None if force in before else force
+        failures = _run_nulls(config, out, relatives, reporter)
+    summary = run_pipeline(
+        config,
+        yaml_text,
+        out,
+        overrides=overrides,
+        until=until,
+        only=only,
+        force=force,
+        reporter=reporter,
+    )
+    for failure in failures.values():
+        if not isinstance(failure, DsteerError):
+            raise failure
+    if failures:
+        words = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
+        raise StudyError(
+            f"{len(failures)} of {len(config.nulls)} nulls failed ({words}); what is complete "
+            "stays, and the same command tries again"
+        )
+    return summary
+
+
+def _run_nulls(
+    config: PipelineConfig, out: Path, relatives: Sequence[Variant], reporter: Reporter
+) -> dict[str, Exception]:
+    """Run each null; what failed, by name."""
+    ranks = join()
+    failures: dict[str, Exception] = {}
+    done = [*relatives, Variant(config.name, config, Run(out))]
+    for null in null_runs(config, out):
+        reporter.line(f"{config.name}: null {null.name}")
+        text = as_yaml(null.config)
+        try:
+            if ranks.main:
+                null.run.check(null.config.name)
+                with null.run.lock():
+                    null.run.claim(null.config.name, text)
+                    share(null, done)
+            run_pipeline(null.config, text, null.run.path, reporter=reporter)
+        except Exception as error:
+            if ranks.world > 1:
+                raise  # the other processes have heard of it, and end
+            failures[null.name] = error
+            reporter.line(f"{config.name}: null {null.name} failed: {error}")
+        else:
+            done.append(null)
+    return failures
