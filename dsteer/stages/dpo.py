@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 from transformers import PreTrainedModel
 
+from dsteer.config import Labels
 from dsteer.data.jsonl import read_pairs
+from dsteer.data.types import PreferencePair
 from dsteer.models.load import load_config, load_model, load_tokenizer
 from dsteer.models.pair import ModelPair
 from dsteer.models.seq2seq import is_encoder_decoder
@@ -49,14 +55,14 @@ def run(context: StageContext) -> Json:
     trained = train_dpo(
         load_base,
         tokenizer,
-        train,
+        relabelled(train, config.labels, context.seed("labels")),
         tune[: config.eval_pairs],
         config,
         folder=context.folder,
         base_path=base_path,
         device=models.device,
         dtype=models.dtype,
-        seed=context.seed("train"),
+        seed=context.seed("train", *([] if config.seed is None else [str(config.seed)])),
         reporter=context.reporter,
         ranks=context.ranks,
     )
@@ -73,6 +79,7 @@ def run(context: StageContext) -> Json:
         "freeze": trained.freeze,
         "parameters": trained.parameters,
         "pairs": trained.pairs,
+        "stop": trained.stop,
         "notes": [
             *_warnings(evaluation, len(examples)),
             *trained.notes,
@@ -81,6 +88,19 @@ def run(context: StageContext) -> Json:
     }
     draw_result("dpo", result, context.folder)
     return result
+
+
+def relabelled(pairs: Sequence[PreferencePair], labels: Labels, seed: int) -> list[PreferencePair]:
+    """Training pairs as they are given, with the two answers swapped, or swapped by a fair coin."""
+    if labels == "given":
+        return list(pairs)
+    tosses = np.random.default_rng(seed).integers(0, 2, len(pairs)).astype(bool)
+    return [
+        replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+        if labels == "swapped" or toss
+        else pair
+        for pair, toss in zip(pairs, tosses, strict=True)
+    ]
 
 
 def _evaluate(context: StageContext, examples: list[Example]) -> Evaluation:

@@ -1,4 +1,4 @@
-"""DPO through TRL, with frozen embeddings. The only module that imports TRL.
+"""DPO through TRL, with frozen embeddings. Only this module and ``methods`` import TRL.
 
 TRL trains decoder-only models; encoder-decoder ones get a trainer of our own, with the same loss.
 
@@ -47,8 +47,22 @@ from dsteer.parallel import ALONE, Ranks, share_batch
 from dsteer.progress import SILENT, Advance, Reporter
 from dsteer.store import Json, atomic_folder, read_json, write_json
 from dsteer.training.checkpoints import latest_checkpoint, mark_complete, own_random_state
-from dsteer.training.evaluate import PairLikelihoods, curve_point, pair_likelihoods, reward_margins
+from dsteer.training.evaluate import (
+    Continuation,
+    PairLikelihoods,
+    answer_kl,
+    curve_point,
+    pair_likelihoods,
+    reward_margins,
+)
 from dsteer.training.examples import Example, Row, encode_pairs, fitting, to_rows
+from dsteer.training.methods import (
+    check_method,
+    check_model,
+    first_loss,
+    method_arguments,
+    method_trainer,
+)
 from dsteer.training.seq2seq import Seq2SeqDpoTrainer, check_loss
 
 LN2_TOLERANCE = 1e-2
@@ -134,6 +148,7 @@ def check_config(config: DpoConfig, device: str, dtype: str) -> None:
             f"dpo.loss_type: TRL knows no {config.loss_type!r}"
             f"{did_you_mean(config.loss_type, losses)} (all: {', '.join(losses)})"
         )
+    check_method(config)
     if dtype == "float16":
         raise ConfigError(
             "models.dtype: float16 weights can't be trained (gradients overflow); use float32 or "
@@ -178,6 +193,7 @@ class DpoRun:
         freeze: mode, tied, and for each embedding its hash before and after.
         parameters: total, trainable, changed (elementwise), changed_share.
         pairs: train (used), dropped (prompt alone fills max_length), truncated, split_token.
+        stop: with ``stop_at_kl``: target, reached, and the last evaluation's step and kl.
         notes: sentences for a person.
     """
 
@@ -187,6 +203,7 @@ class DpoRun:
     freeze: dict[str, Json]
     parameters: dict[str, Json]
     pairs: dict[str, int]
+    stop: dict[str, Json] | None
     notes: list[str]
 
 
@@ -271,6 +288,7 @@ def _train(
     model = load_base()
     _check_length(config, model)
     seq2seq = is_encoder_decoder(model.config)
+    check_model(config, seq2seq, ranks)
     if seq2seq:
         check_loss(config.loss_type)
     frozen = freeze_embeddings(model, config.freeze)
@@ -286,6 +304,11 @@ def _train(
     pairs = _count(encoded, config.max_length)
     held = encode_pairs(heldout, tokenizer, encoder_decoder=seq2seq)
     held = fitting(held, config.max_length)
+    if config.stop_at_kl is not None and not held:
+        raise ConfigError(
+            f"dpo.stop_at_kl: {config.stop_at_kl} is measured on pairs of the tune split, and none "
+            "has two answers within dpo.max_length; give it some, or drop stop_at_kl"
+        )
     watcher = _Watcher(held, config, reporter, ranks)
     if seq2seq:
         used = fitting(encoded, config.max_length)
@@ -300,6 +323,12 @@ def _train(
         if config.reference == "precomputed":
             with trainer.accelerator.autocast():
                 trainer.reference = pair_likelihoods(trainer.model, used)
+    elif config.method != "dpo":
+        reference = _reference(load_base, config) if config.method == "kto" else None
+        adapter = _peft_config(config.lora)
+        trainer = method_trainer(
+            config, model, reference, args, train, tokenizer, adapter, [watcher]
+        )
     else:
         trainer = _Trainer(
             model=model,
@@ -323,6 +352,8 @@ def _train(
     if held and ranks.main:
         with trainer.accelerator.autocast():  # as the trainer will run the model
             watcher.reference = pair_likelihoods(trainer.model, held)
+        if config.stop_at_kl is not None:
+            watcher.base = load_base().eval()
     with watcher:
         newest = latest_checkpoint(checkpoints) if ranks.main else None
         path = ranks.broadcast(str(newest) if newest else None)
@@ -337,13 +368,15 @@ def _train(
         _point(
             entry["step"],
             loss=entry["loss"],
-            reward_accuracy=entry["rewards/accuracies"],
-            reward_margin=entry["rewards/margins"],
+            # KTO's answers come unpaired: no pair is right or wrong, and a batch may lack one kind
+            reward_accuracy=entry.get("rewards/accuracies"),
+            reward_margin=entry.get("rewards/margins"),
         )
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
-    first_loss = train_curve[0]["loss"]
+    first = train_curve[0]["loss"]
+    stop = _stop(config, trainer.state.log_history)
     _save(trainer.model, tokenizer, folder / "model", base_path)
     return DpoRun(
         train_curve=train_curve,
@@ -352,13 +385,15 @@ def _train(
             for entry in trainer.state.log_history
             if "heldout" in entry
         ],
-        first_loss=first_loss,
+        first_loss=first,
         freeze=_freeze_record(frozen, before, after),
         parameters=parameters,
         pairs=pairs,
+        stop=stop,
         notes=[
             *([_OWN_LOOP] if seq2seq else []),
-            *_notes(config, frozen, pairs, first_loss, parameters["changed_share"]),
+            *_notes(config, frozen, pairs, first, parameters["changed_share"]),
+            *_stop_notes(stop),
             *_filling(config, pairs["train"], trainer.state.epoch, ranks.world),
         ],
     )
@@ -381,7 +416,7 @@ def _arguments(
     dtype: str,
     seed: int,
     ranks: Ranks = ALONE,
-) -> DPOConfig:
+) -> TrainingArguments:
     batch_size, accumulation = share_batch(
         config.batch_size, config.gradient_accumulation, ranks.world
     )
@@ -389,14 +424,8 @@ def _arguments(
     # transformers renamed the setting on its way to 6
     renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
-    args = DPOConfig(
+    common = dict(
         output_dir=str(checkpoints),
-        beta=config.beta,
-        loss_type=[config.loss_type],
-        # EXO needs some smoothing; the value is its paper's (arXiv:2402.00856)
-        label_smoothing=1e-3 if config.loss_type == "exo_pair" else 0.0,
-        precompute_ref_log_probs=config.reference == "precomputed",
-        max_length=config.max_length,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps if config.max_steps is not None else -1,
         per_device_train_batch_size=batch_size,
@@ -420,6 +449,19 @@ def _arguments(
         disable_tqdm=True,
         **{checkpointing: config.gradient_checkpointing},
     )
+    if config.method == "dpo":
+        # EXO needs some smoothing; the value is its paper's (arXiv:2402.00856)
+        smoothing = config.label_smoothing or (1e-3 if config.loss_type == "exo_pair" else 0.0)
+        args = DPOConfig(
+            beta=config.beta,
+            loss_type=[config.loss_type],
+            label_smoothing=smoothing,
+            precompute_ref_log_probs=config.reference == "precomputed",
+            max_length=config.max_length,
+            **common,
+        )
+    else:
+        args = method_arguments(config, common)
     args._n_gpu = min(args.n_gpu, 1)  # several cards: one is used, or a launcher starts more
     return args
 
@@ -482,6 +524,7 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
         self, held: list[Example], config: DpoConfig, reporter: Reporter, ranks: Ranks
     ) -> None:
         self.reference: PairLikelihoods | None = None
+        self.base: PreTrainedModel | None = None
         self._held = held if ranks.main else []
         self._ranks = ranks
         self._config = config
@@ -512,14 +555,19 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         last = state.global_step >= state.max_steps
+        due = last or state.global_step % self._config.eval_every == 0
+        point = self._heldout(model) if self._held and due else None
+        if due and self._config.stop_at_kl is not None:
+            reached = point is not None and point["kl_to_base"] >= self._config.stop_at_kl
+            if self._ranks.broadcast(reached):
+                control.should_training_stop = last = True
         if last:
             # A checkpoint of the last step could not be resumed from: the trainer would take
             # one more.
             control.should_save = False
         if last or control.should_save:
             control.should_log = True
-        if self._held and (last or state.global_step % self._config.eval_every == 0):
-            point = self._heldout(model)
+        if point is not None:
             state.log_history.append({"step": state.global_step, "heldout": point})
         self._advance(1)
 
@@ -551,23 +599,34 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
         margins = reward_margins(
             pair_likelihoods(model, self._held), self.reference, self._config.beta
         )
-        model.train()
         point = curve_point(margins)
-        return {
+        found = {
             "loss": point.loss,
             "reward_accuracy": point.accuracy,
             "reward_margin": point.margin,
         }
+        if self.base is not None:
+            chosen = [Continuation(example.prompt, example.chosen) for example in self._held]
+            kl, tokens = answer_kl(model, self.base, chosen)
+            found["kl_to_base"] = float(kl.sum() / tokens.sum())
+        model.train()
+        return found
 
 
 def _point(
-    step: int, *, loss: float, reward_accuracy: float, reward_margin: float
+    step: int,
+    *,
+    loss: float,
+    reward_accuracy: float | None,
+    reward_margin: float | None,
+    **more: float,
 ) -> dict[str, Json]:
     return {
         "step": step,
         "loss": loss,
         "reward_accuracy": reward_accuracy,
         "reward_margin": reward_margin,
+        **more,
     }
 
 
@@ -638,7 +697,7 @@ def _freeze_record(
 
 
 def _notes(
-    config: DpoConfig, frozen: Frozen, pairs: dict[str, int], first_loss: float, share: float
+    config: DpoConfig, frozen: Frozen, pairs: dict[str, int], first: float, share: float
 ) -> list[str]:
     notes = []
     if frozen.mode != config.freeze:
@@ -660,10 +719,12 @@ def _notes(
             f"In {pairs['split_token']} training pairs the end of the prompt merges with the "
             "answer into one token and was left out: end prompts on a token boundary."
         )
-    if config.loss_type == "sigmoid" and abs(first_loss - math.log(2)) > LN2_TOLERANCE:
+    known = first_loss(config)
+    if known is not None and abs(first - known[0]) > LN2_TOLERANCE * max(1.0, known[0]):
         notes.append(
-            f"The first DPO loss is {first_loss:.4f}, not ln 2 = 0.6931: the reference is not the "
-            "model that training started from, so rewards are measured from the wrong place."
+            f"The first {config.method.upper()} loss is {first:.4f}, not {known[1]} = "
+            f"{known[0]:.4f}: the reference is not the model that training started from, so "
+            "rewards are measured from the wrong place."
         )
     if share < LOW_SHARE:
         notes.append(
@@ -676,6 +737,28 @@ def _notes(
             "construction: read every rank and spectrum with that in mind."
         )
     return notes
+
+
+def _stop(config: DpoConfig, history: list[dict[str, Any]]) -> dict[str, Json] | None:
+    if config.stop_at_kl is None:
+        return None
+    last = [entry for entry in history if "heldout" in entry][-1]
+    kl = last["heldout"]["kl_to_base"]
+    return {
+        "target": config.stop_at_kl,
+        "reached": kl >= config.stop_at_kl,
+        "step": last["step"],
+        "kl": kl,
+    }
+
+
+def _stop_notes(stop: dict[str, Json] | None) -> list[str]:
+    if stop is None or stop["reached"]:
+        return []
+    return [
+        f"Training ended at step {stop['step']} with KL(tuned‖base) {stop['kl']:.3g} nats a token "
+        f"on the curve's pairs, short of dpo.stop_at_kl ({stop['target']})."
+    ]
 
 
 def _filling(config: DpoConfig, pairs: int, epochs: float, world: int) -> list[str]:

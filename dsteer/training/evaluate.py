@@ -183,14 +183,7 @@ def evaluate(
     )
     clusters = [example.conversation or str(row) for row, example in enumerate(examples)]
     chosen = [Continuation(example.prompt, example.chosen) for example in examples]
-    kl = torch.empty(len(chosen), dtype=torch.float64)
-    with reporter.bar("KL to base", len(chosen), unit="pairs") as advance:
-        for batch in batches(chosen, _vocab_size(base)):
-            texts = [chosen[index] for index in batch]
-            by_tuned, by_base = (continuation_logits(model, texts) for model in (tuned, base))
-            kl[batch] = _kl_sums(by_tuned, by_base)
-            advance(len(batch))
-    tokens = torch.tensor([len(item.tokens) for item in chosen], dtype=torch.float64)
+    kl, tokens = answer_kl(tuned, base, chosen, reporter)
     margin = bootstrap_mean(margins, clusters, seed=seed)
     kl_to_base = bootstrap_ratio(kl, tokens, clusters, seed=seed)
     assert margin is not None
@@ -201,6 +194,23 @@ def evaluate(
         kl_to_base=kl_to_base,
         kl_noise_floor=noise_floor(base, chosen[:NOISE_PAIRS]),
     )
+
+
+def answer_kl(
+    tuned: PreTrainedModel,
+    base: PreTrainedModel,
+    items: Sequence[Continuation],
+    reporter: Reporter = SILENT,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """KL(tuned‖base) of each text, summed over its tokens in nats, and how many tokens it has."""
+    kl = torch.empty(len(items), dtype=torch.float64)
+    with reporter.bar("KL to base", len(items), unit="pairs") as advance:
+        for batch in batches(items, _vocab_size(base)):
+            texts = [items[index] for index in batch]
+            by_tuned, by_base = (continuation_logits(model, texts) for model in (tuned, base))
+            kl[batch] = _kl_sums(by_tuned, by_base)
+            advance(len(batch))
+    return kl, torch.tensor([len(item.tokens) for item in items], dtype=torch.float64)
 
 
 def noise_floor(base: PreTrainedModel, items: Sequence[Continuation]) -> float:

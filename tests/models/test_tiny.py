@@ -95,6 +95,38 @@ def test_the_model_has_the_shape_of_its_config(tied: bool) -> None:
     assert model.config.eos_token_id == TOKENIZER.eos_token_id
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox"])
+def test_architectures_with_layer_norm_have_its_biases(architecture: str) -> None:
+    config = TinyModelConfig(
+        architecture=architecture, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = build_model(config, TOKENIZER, seed=0).eval()
+    vocab, d, f = len(TOKENIZER), 32, 48
+    # q, k, v and o, then the MLP, with their biases; two norms
+    block = 4 * (d * d + d) + d * f + f + f * d + d + 2 * 2 * d
+    positions = 64 * d if architecture == "gpt2" else 0
+    assert model.num_parameters() == 2 * vocab * d + positions + 2 * block + 2 * d
+    assert model.config.model_type == architecture
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_a_qwen3_has_the_shape_of_a_llama_and_norms_of_queries_and_keys() -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    llama, qwen = (
+        build_model(TinyModelConfig(architecture=name, **shape), TOKENIZER, seed=0)
+        for name in ("llama", "qwen3")
+    )
+    head = 8
+    assert qwen.num_parameters() == llama.num_parameters() + 2 * 2 * head
+
+
+def test_a_gpt_neox_rotates_a_quarter_of_a_head() -> None:
+    config = TinyModelConfig(architecture="gpt_neox", hidden_size=48, num_attention_heads=4)
+    with pytest.raises(ConfigError, match="12 a head, and rotary positions need a multiple of 8"):
+        build_model(config, TOKENIZER, seed=0)
+
+
 def test_the_seed_decides_and_the_callers_random_state_stays() -> None:
     config = TinyModelConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
     before = torch.random.get_rng_state()
