@@ -166,11 +166,11 @@ def _run(
     quiet: bool = False,
 ) -> None:
     """Run a pipeline or a study, and print what came out."""
-    from dsteer.pipeline import run_pipeline
+    from dsteer.nulls import run_with_nulls
     from dsteer.progress import Reporter
     from dsteer.study import run_study
 
-    summary = (run_study if config.variants else run_pipeline)(
+    summary = (run_study if config.variants else run_with_nulls)(
         config,
         text,
         folder,
@@ -195,6 +195,7 @@ def plan(
     out: OutOption = None,
 ) -> None:
     """Show what `run` would do, without loading a model."""
+    from dsteer.nulls import plan_nulls
     from dsteer.pipeline import make_plan
     from dsteer.store import Run
     from dsteer.study import plan_study
@@ -205,6 +206,8 @@ def plan(
         plans = plan_study(config, folder, until=until, only=only, force=force)
     else:
         plans = {"": make_plan(config, Run(folder), until=until, only=only, force=force)}
+        if only is None and until is None:
+            plans |= {f"null {name}": steps for name, steps in plan_nulls(config, folder).items()}
     _say(f"{config.name} → {folder}")
     for variant, steps in plans.items():
         if variant:
@@ -220,16 +223,17 @@ def plan(
 @_friendly
 def validate(pipeline: PipelineArgument, overrides: OverridesArgument = None) -> None:
     """Check a pipeline: every mistake at once, by dotted path."""
-    from dsteer.config import variants_of
+    from dsteer.config import nulls_of, variants_of
     from dsteer.pipeline import outside_inputs
     from dsteer.stages import planned
 
     config, _ = _read(pipeline, overrides)
-    for one in variants_of(config).values() if config.variants else (config,):
-        stages = planned(one)
-        for stage in stages:
-            outside_inputs(stage.name, one)
-        _say(f"{one.name}: valid; stages: {' → '.join(stage.name for stage in stages)}")
+    for whole in variants_of(config).values() if config.variants else (config,):
+        for one in (whole, *nulls_of(whole).values()):
+            stages = planned(one)
+            for stage in stages:
+                outside_inputs(stage.name, one)
+            _say(f"{one.name}: valid; stages: {' → '.join(stage.name for stage in stages)}")
 
 
 @app.command()
@@ -238,7 +242,7 @@ def report(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name.")],
 ) -> None:
     """Draw a run's figures again and write its report, from its artifacts alone."""
-    from dsteer.stages import STAGES
+    from dsteer.stages import NULLS_FOLDER, STAGES
     from dsteer.store import Run
 
     found = Run(_find_run(run_folder))
@@ -247,16 +251,21 @@ def report(
     from dsteer.report.html import write_report
 
     manifest = found.manifest() or {}
-    parts = [Run(found.path / "variants" / name) for name in manifest.get("variants") or {}]
-    for part in (*parts, found):
+    variants = [Run(found.path / "variants" / name) for name in manifest.get("variants") or {}]
+    nulls = [
+        Run(part.path / NULLS_FOLDER / name)
+        for part in (*variants, found)
+        for name in ((part.manifest() or {}).get("config") or {}).get("nulls") or {}
+    ]
+    for part in (*nulls, *variants, found):
         if part is not found and not any(part.stage(s.name).record() for s in STAGES):
-            continue  # a variant that never ran
+            continue  # a variant or null that never ran
         with part.lock():
             for stage in (*(stage.name for stage in STAGES), "comparison"):
                 if part.stage(stage).record() is not None:
                     draw(stage, part.path / stage)
             config = (part.manifest() or {}).get("config") or {}
-            write = write_comparison_report if part is found and parts else write_report
+            write = write_comparison_report if part is found and variants else write_report
             path = write(part.path, title=(config.get("report") or {}).get("title"))
     _say(str(path))
 
@@ -347,6 +356,8 @@ def _root(
 
 def _print_summary(summary: dict[str, Any], folder: Path) -> None:
     _say(f"{summary['run']} → {folder}")
+    if "claims" in summary["stages"]:
+        _print_claims(folder)
     for variant, stages in summary.get("variants", {}).items():
         cosine, vector = stages.get("cosine", {}), stages.get("vector", {})
         told = {
@@ -355,6 +366,7 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
             "at": cosine.get("chosen_site"),
             "relative norm": vector.get("relative_norm"),
             "KL recovered": vector.get("kl_recovered"),
+            **{key.replace("_", " "): value for key, value in stages.get("claims", {}).items()},
         }
         words = ", ".join(f"{key} {_short(v)}" for key, v in told.items() if v is not None)
         _say(f"  {variant:24} {words}")
@@ -368,6 +380,27 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
     reported = summary["stages"].keys() & {"report", "comparison"}
     if (folder / "report.html").is_file() and reported:
         _say(f"Report: {folder / 'report.html'}")
+
+
+def _print_claims(folder: Path) -> None:
+    """The verdicts: a table on a terminal, else a line each."""
+    from dsteer.report.claims_tables import HEAD, claim_rows, self_check_words, warning
+    from dsteer.store import read_json
+
+    result = read_json(folder / "claims" / "result.json")
+    if (alarm := warning(result)) is not None:
+        _say(f"WARNING: {alarm}")
+    rows = claim_rows(result)
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        from dsteer.cli.text import table
+
+        Console().print(table(HEAD, rows))
+    else:
+        for claim, verdict, number, null in rows:
+            _say(f"  {claim}: {verdict}; {number}; null: {null}")
+    _say(f"  {self_check_words(result)}")
 
 
 def _short(value: Any) -> str:

@@ -31,7 +31,13 @@ from dsteer.report.geometry_figures import (
     fig1b_gradients,
     fig1c_clouds,
 )
+from dsteer.report.groups_figures import group_cosines, group_removal
 from dsteer.report.learned_figures import reward_and_kl
+from dsteer.report.maps_figures import best_strength, nested_maps
+from dsteer.report.nulls_figures import NULL_FIGURES, beside_nulls, pair_and_nulls
+from dsteer.report.profile_figures import layer_profile
+from dsteer.report.rank_figures import rank_curves
+from dsteer.report.reversal_figures import ways_back
 from dsteer.report.style import (
     BLUE,
     COLUMN,
@@ -1035,6 +1041,11 @@ FIGURES: dict[str, dict[str, Draw]] = {
         "fig1c_clouds": fig1c_clouds,
     },
     "learned": {"reward_and_kl": reward_and_kl},
+    "profile": {"profile": layer_profile},
+    "rank": {"rank": rank_curves},
+    "maps": {"maps": nested_maps},
+    "strength": {"strength": best_strength},
+    "reversal": {"ways_back": ways_back},
     "interpolation": {
         "fig2a_interpolation": fig2a_interpolation,
         "fig2a_all_metrics": fig2a_all_metrics,
@@ -1042,5 +1053,10 @@ FIGURES: dict[str, dict[str, Draw]] = {
     "inversion": {"fig2b_inversion": fig2b_inversion, "fig2b_all_metrics": fig2b_all_metrics},
     "transfer": {"share_of_native": share_of_native},
     "control": {"control_matrix": control_matrix, "control_grid": control_grid},
+    "claims": {
+        "pair_and_nulls": pair_and_nulls,
+        **{name: beside_nulls(stage) for stage, name in NULL_FIGURES.items()},
+    },
+    "groups": {"group_cosines": group_cosines, "group_removal": group_removal},
 }
 """The figures of each stage, by file name, in the order of the report."""

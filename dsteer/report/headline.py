@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dsteer.report.claims_tables import claims_sentences
 from dsteer.report.control_tables import control_sentences
 from dsteer.report.four_way_tables import four_way_sentences
+from dsteer.report.groups_tables import groups_sentences
 from dsteer.report.learned_tables import learned_sentences
+from dsteer.report.maps_tables import maps_sentences, strength_sentences
+from dsteer.report.profile_tables import profile_sentences
+from dsteer.report.rank_tables import rank_sentences
+from dsteer.report.reversal_tables import reversal_sentences
 from dsteer.report.sweep_values import (
     SWEEPS,
     baselines,
@@ -53,6 +59,7 @@ def headline(manifest: dict[str, Json], results: Results) -> list[Point]:
     """The findings, most important first; each sentence is made from the numbers at hand."""
     sites = _sites(results)
     points: list[Point] = [("Compared", [_compared(manifest, results)])]
+    points += [("Claims", said)] if (said := claims_sentences(results.get("claims"))) else []
     points += _training(results.get("dpo"))
     points += _size(results.get("vector"), sites)
     points += _direction(results.get("cosine"), sites)
@@ -60,12 +67,23 @@ def headline(manifest: dict[str, Json], results: Results) -> list[Point]:
     points += _reach(results.get("vector"))
     if said := four_way_sentences(results.get("template"), sites):
         points.append(("Template and training", said))
+    if said := reversal_sentences(results.get("reversal")):
+        points.append(("Undoing it", said))
     if said := learned_sentences(results.get("learned")):
         points.append(("Learned vectors", said))
+    if said := profile_sentences(results.get("profile")):
+        points.append(("Where the change lives", said))
+    if said := rank_sentences(results.get("rank")):
+        points.append(("How many directions", said))
+    if said := maps_sentences(results.get("maps")):
+        points.append(("Which map", said))
+    if said := strength_sentences(results.get("strength")):
+        points.append(("Which strength", said))
     for stage in SWEEPS:
         points += _swept(results.get(stage))
     points += [("Transfer", said)] if (said := transfer_sentences(results.get("transfer"))) else []
     points += [("Control", said)] if (said := control_sentences(results.get("control"))) else []
+    points += [("Groups", said)] if (said := groups_sentences(results.get("groups"))) else []
     return [*points, ("Keep in mind", [CONSTANT_BIAS])]
 
 

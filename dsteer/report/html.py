@@ -13,11 +13,18 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dsteer.errors import StoreError
+from dsteer.report.claims_tables import claims_table, claims_tables, warning
 from dsteer.report.control_tables import control_tables
 from dsteer.report.explorer import Explorer, embedded, explorer, policy
 from dsteer.report.four_way_tables import four_way_tables
+from dsteer.report.groups_tables import groups_tables
 from dsteer.report.headline import Point, confidence, headline
 from dsteer.report.learned_tables import learned_tables
+from dsteer.report.maps_tables import maps_tables, strength_tables
+from dsteer.report.nulls_tables import Compared, compared, null_names, null_tables
+from dsteer.report.profile_tables import profile_tables
+from dsteer.report.rank_tables import rank_tables
+from dsteer.report.reversal_tables import reversal_tables
 from dsteer.report.sweep_tables import sweep_tables
 from dsteer.report.sweep_values import SWEEPS
 from dsteer.report.tables import STAGE_TABLES, Results, Table, paper_table, settings_tables
@@ -46,10 +53,30 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "Vectors learned under the DPO loss with the base frozen, beside v*: held-out reward, and "
         "its cost in KL.",
     ),
+    "profile": (
+        "Causal layer profile",
+        "What the change of each site does to the base, and how much of it one constant does.",
+    ),
+    "rank": (
+        "How many directions",
+        "KL recovered when of the displacement only k directions are added.",
+    ),
+    "maps": (
+        "Which map",
+        "Nested maps from base to tuned states: what a constant vector misses.",
+    ),
+    "strength": (
+        "Which strength",
+        "The best strength of v*, each prompt's own, and what constants lose.",
+    ),
     "interpolation": ("Interpolation", "λv* added to the base: what it does to behaviour."),
     "inversion": (
         "Inversion",
         "λv* taken from the tuned model: whether, and at which λ, the base comes back.",
+    ),
+    "reversal": (
+        "Reversal",
+        "The tuning undone: by taking v* off, and by training on the rejected answers.",
     ),
     "transfer": (
         "Transfer",
@@ -60,6 +87,15 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "Control",
         "Contrast vectors of planted axes: what each does to its own oracle and to all others, and "
         "two axes dialled at once.",
+    ),
+    "claims": (
+        "Claims",
+        "Five claims, graded by rule, and the measurement itself checked on planted truth.",
+    ),
+    "groups": (
+        "Groups of prompts",
+        "One vector a group: how the vectors lie to each other, how many directions they take, and "
+        "what removing one leaves of the others.",
     ),
 }
 """Stage → title and first line of its section, in order."""
@@ -73,10 +109,17 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "template": ("four_way",),
     "geometry": ("fig1a_preference_geometry", "fig1b_gradients", "fig1c_clouds"),
     "learned": ("reward_and_kl",),
+    "profile": ("profile",),
+    "rank": ("rank",),
+    "maps": ("maps",),
+    "strength": ("strength",),
     "interpolation": ("fig2a_interpolation", "fig2a_all_metrics"),
     "inversion": ("fig2b_inversion", "fig2b_all_metrics"),
+    "reversal": ("ways_back",),
     "transfer": ("share_of_native",),
     "control": ("control_matrix", "control_grid"),
+    "claims": ("pair_and_nulls",),
+    "groups": ("group_cosines", "group_removal"),
 }
 """The figures of each section, in order."""
 
@@ -85,12 +128,34 @@ _TABLES = {
     **dict.fromkeys(SWEEPS, sweep_tables),
     "template": four_way_tables,
     "learned": learned_tables,
+    "profile": profile_tables,
+    "rank": rank_tables,
+    "maps": maps_tables,
+    "strength": strength_tables,
+    "reversal": reversal_tables,
     "transfer": transfer_tables,
     "control": control_tables,
+    "claims": claims_tables,
+    "groups": groups_tables,
 }
 """The tables of each section."""
 
 GLOSSARY: tuple[tuple[str, str], ...] = (
+    (
+        "claim",
+        "a statement about the pair that a fixed rule grades as supported, not supported or, where "
+        "a stage, a control or an interval is missing, not tested",
+    ),
+    (
+        "null pair",
+        "a run that shares everything with the pair but one thing, such as labels drawn by a coin",
+    ),
+    (
+        "self-check",
+        "the same measurements on a tiny random model of the same architecture, in which a known "
+        "shift was planted",
+    ),
+    ("efficiency", "KL that v* recovers over KL that patching the tuned states recovers"),
     (
         "base, tuned",
         "the model before and after preference training; h_base and h_tuned are their states",
@@ -129,6 +194,10 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("interaction I", "difference in differences, T_templ − T_raw = U − B"),
     ("G(P, Q)", "product of two parts' mean vectors: average of ⟨Pᵢ, Qⱼ⟩ over pairs of prompts of "
      "different conversations, which the prompts' scatter does not shift"),
+    ("patching", "putting the tuned model's states of some tokens at one site into the base"),
+    ("efficiency", "KL recovered by v* over KL recovered by patching, at the same site and tokens"),
+    ("k₅₀, k₉₀", "the least number of directions that recovers half, or nine tenths, of the KL "
+     "that patching the whole displacement recovers"),
     ("learned vector", "the vector that lowers the DPO loss most when it is added to the frozen "
      "base"),
     ("KL to the base", "KL(steered‖base) a token: what a vector costs"),
@@ -150,6 +219,8 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("oracle", "a score of any text on one planted axis of the synthetic world, in [−1, 1]"),
     ("move", "mean over prompts of (score at +λ − score at −λ) / 2"),
     ("leakage", "the largest |move| of another axis's oracle over the move of the own one"),
+    ("v_g", "the mean displacement over the fit prompts of one group"),
+    ("participation", "(Σσ²)² / Σσ⁴: how many directions the displacements take, as if equally"),
     ("interval", "bootstrap over conversations; for spectra, shares and G, jackknife over them"),
 )  # fmt: skip
 
@@ -204,6 +275,9 @@ def write_report(run: Path, title: str | None = None) -> Path:
         raise StoreError(f"{run}: no stage of a run is complete here; run `dsteer run` first")
     name = str(manifest.get("name") or summary.get("run") or run.name)
     yaml = run / "pipeline.yaml"
+    if "claims" in results:
+        _draw_missing(run, "claims", results["claims"])  # its figures stand in other sections too
+    runs = compared(run, null_names(run, manifest), results)
     level = confidence(manifest, "cosine", "vector", "spectrum", "template", "control")
     return render(
         run / "report.html",
@@ -212,14 +286,14 @@ def write_report(run: Path, title: str | None = None) -> Path:
         description=manifest.get("description") or "",
         version=manifest.get("dsteer_version") or "",
         explorers=_explorers(run, results),
+        claims=claims_table(results.get("claims")),
+        warning=warning(results.get("claims")),
         headline=headline(manifest, results),
         interval_words=f"{level} intervals" if level else "intervals",
         notes=_notes(summary, results),
         titles={stage: words for stage, (words, _) in SECTIONS.items()},
         paper=paper_table(results),
-        sections=[
-            _section(run, stage, results, manifest) for stage in SECTIONS if stage in results
-        ],
+        sections=[_section(runs, stage, manifest) for stage in SECTIONS if stage in results],
         absent=absent,
         settings=settings_tables(manifest),
         yaml=yaml.read_text(encoding="utf-8") if yaml.is_file() else "",
@@ -295,10 +369,14 @@ def _notes(summary: dict[str, Json], results: Results) -> list[tuple[str, str]]:
     return list(dict.fromkeys(note for note in notes if note[0] in results))
 
 
-def _section(run: Path, stage: str, results: Results, manifest: dict[str, Json]) -> Section:
+def _section(runs: Sequence[Compared], stage: str, manifest: dict[str, Json]) -> Section:
+    """A stage's section, beside its nulls where the run has any; the pair is the first run."""
+    run, results = runs[0].folder, runs[0].results
     title, lead = SECTIONS[stage]
     trouble = _draw_missing(run, stage, results[stage])
     found = {name: figure_view(run, stage, name) for name in FIGURES.get(stage, ())}
+    if "claims" in results:
+        found["beside nulls"] = figure_view(run, "claims", f"nulls_{stage}")
     remarks = []
     if stage == "spectrum" and at(manifest, "config", "dpo", "lora"):
         rank = at(manifest, "config", "dpo", "lora", "rank")
@@ -312,7 +390,7 @@ def _section(run: Path, stage: str, results: Results, manifest: dict[str, Json])
         lead=lead,
         figures=[figure for figure in found.values() if figure is not None],
         missing_figures=trouble,
-        tables=_TABLES[stage](results[stage]),
+        tables=[*_TABLES[stage](results[stage]), *null_tables(runs, stage)],
         remarks=remarks,
         diagnoses=[str(words) for words in items(results[stage]["diagnoses"])]
         if "diagnoses" in results[stage]

@@ -41,12 +41,15 @@ from dsteer.steering.vector import SteeringVectorSet
 from dsteer.store import Json, write_tensors
 
 TIE = 1e-9
-"""Mean cosines that are so close count as equal: the earlier site is chosen."""
+"""Mean cosines that are so close count as equal: of sites, the earlier one is chosen."""
 
 OVERSTATED = 0.02
 """An in-sample mean so far above the held-out one is noted."""
 
 KINDS = ("in_sample", "leave_one_out", "held_out")
+
+NO_NULL: dict[str, Json] = {"mean": None, "q95": None, "p": None, "draws": 0}
+"""The null of a site where no cosine is defined."""
 
 
 def run(context: StageContext) -> Json:
@@ -185,14 +188,26 @@ def _result(
     tune_mean: float | None,
     share: float | None,
 ) -> Json:
-    null = cosines["null"][cosines["null"].isfinite()]
+    held_out = intervals["held_out"]
     return {kind: _describe(cosines[kind], intervals[kind]) for kind in KINDS} | {
-        "null": {"mean": _number(null.mean()), "q95": _number(null.quantile(0.95))}
-        if len(null)
-        else {"mean": None, "q95": None},
+        "null": _null(cosines["null"], held_out.value if held_out else None),
         "tune_mean": tune_mean,
         "shared_share_test": share,
         "undefined": False,
+    }
+
+
+def _null(means: Tensor, measured: float | None) -> Json:
+    """The null's means, and p of the measured one: (1 + draws that reach it) / (1 + draws)."""
+    null = means[means.isfinite()]
+    if not len(null) or measured is None:
+        return dict(NO_NULL)
+    reached = int((null >= measured - TIE).sum())
+    return {
+        "mean": _number(null.mean()),
+        "q95": _number(null.quantile(0.95)),
+        "p": (1 + reached) / (1 + len(null)),
+        "draws": len(null),
     }
 
 
@@ -209,7 +224,7 @@ def _describe(cosines: Tensor, mean: Interval | None) -> Json:
 def _undefined() -> Json:
     nothing = {"mean": None, "median": None, "peak": None, "share_above_0.9": None}
     return dict.fromkeys(KINDS, nothing) | {
-        "null": {"mean": None, "q95": None},
+        "null": dict(NO_NULL),
         "tune_mean": None,
         "shared_share_test": None,
         "undefined": True,

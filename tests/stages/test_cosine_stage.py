@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from measured import WIDTH, N, context, measure, normal, rows, write_activations
 
+from dsteer.stages.cosine import NO_NULL
 from dsteer.steering.vector import SteeringVector, SteeringVectorSet
 from dsteer.store import Json, hash_file, read_tensors
 
@@ -50,7 +51,7 @@ def test_the_planted_block_is_chosen(tmp_path: Path, planted: int) -> None:
     for name in before:
         assert result["sites"][name]["undefined"]
         assert result["sites"][name]["held_out"]["mean"] is None
-        assert result["sites"][name]["null"] == {"mean": None, "q95": None}
+        assert result["sites"][name]["null"] == NO_NULL
         assert f"{name}/held_out" not in cosines
     said = [note for note in result["notes"] if "exactly zero" in note]
     assert len(said) == bool(before)
@@ -110,6 +111,10 @@ def test_noise_is_within_its_null_and_the_in_sample_kind_overstates(tmp_path: Pa
     assert any("In-sample cosines" in note and "1 site " in note for note in result["notes"])
     null = read_tensors(tmp_path / "cosine" / "cosines.safetensors")["resid_post.0/null"]
     assert null.shape == (100,)
+    # p by hand: the measured mean is one of 101 that are equally likely
+    reached = sum(float(mean) >= means["held_out"] for mean in null)
+    assert site["null"]["p"] == (1 + reached) / 101 > 0.05
+    assert site["null"]["draws"] == 100
 
 
 def test_a_planted_constant_stands_out_from_its_null(tmp_path: Path) -> None:

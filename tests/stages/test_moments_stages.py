@@ -155,7 +155,13 @@ def with_hashed_null(run: Path, found: dict[str, Json]) -> Json:
         defined = lengths > len(fit) * np.finfo(float).eps * np.linalg.norm(fit)
         cosines = signs[rows["test"], 1].T * (v @ test.T)
         null = (cosines / np.linalg.norm(test, axis=1)).mean(axis=1)[defined] / lengths[defined]
-        result["null"] = {"mean": null.mean(), "q95": np.quantile(null, 0.95)}
+        reached = int((null >= result["held_out"]["mean"]["value"] - 1e-9).sum())
+        result["null"] = {
+            "mean": null.mean(),
+            "q95": np.quantile(null, 0.95),
+            "p": (1 + reached) / (1 + len(null)),
+            "draws": len(null),
+        }
     cosine["headline"]["null_q95"] = cosine["sites"][cosine["chosen_site"]]["null"]["q95"]
     return cosine
 
