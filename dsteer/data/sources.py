@@ -193,8 +193,9 @@ def _write_world(source: SyntheticSource) -> SourceReading:
         topics=source.topics,
         label_noise=source.label_noise,
         differ=source.differ,
+        switch=source.switch,
     )
-    settings = source.model_dump(exclude={"use"}, mode="json")
+    settings = source.model_dump(exclude={"use"}, exclude_none=True, mode="json")
     return SourceReading(
         pairs=[replace(pair, conversation=conversation_key(pair.prompt)) for pair in pairs],
         rows=len(pairs),

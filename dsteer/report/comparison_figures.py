@@ -20,6 +20,7 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from dsteer.report.comparison_causal_figures import claims_matrix, variants_causal
 from dsteer.report.style import (
     BLUE,
     COLUMN,
@@ -677,6 +678,8 @@ def _curve(
 
 FIGURES: dict[str, Callable[[dict[str, Json]], Drawing | None]] = {
     "variants_forest": variants_forest,
+    "variants_causal": variants_causal,
+    "claims_matrix": claims_matrix,
     "vector_cosines": vector_cosines,
     "cosines_over_depth": cosines_over_depth,
     "principal_angles": principal_angles,

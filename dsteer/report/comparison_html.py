@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsteer.errors import StoreError
-from dsteer.report.comparison_tables import comparison_findings, comparison_tables
+from dsteer.report.claims_tables import variant_verdicts
+from dsteer.report.comparison_tables import compared, comparison_findings, comparison_tables
 from dsteer.report.headline import headline
 from dsteer.report.html import GLOSSARY, FigureView, Section, figure_view, render, stage_results
 from dsteer.report.tables import settings_tables
@@ -15,6 +16,8 @@ from dsteer.store import Json, read_json
 
 FIGURES: tuple[str, ...] = (
     "variants_forest",
+    "variants_causal",
+    "claims_matrix",
     "vector_cosines",
     "cosines_over_depth",
     "principal_angles",
@@ -70,6 +73,8 @@ def write_comparison_report(run: Path, title: str | None = None) -> Path:
         description=manifest.get("description") or "",
         version=manifest.get("dsteer_version") or "",
         explorers=[],
+        claims=variant_verdicts(compared(result)),
+        warning=_warning(result),
         headline=comparison_findings(result),
         interval_words=f"{100 * level:g}\u00a0% intervals" if level else "intervals",
         notes=[("comparison", str(text)) for text in items(result.get("notes"))],
@@ -80,6 +85,17 @@ def write_comparison_report(run: Path, title: str | None = None) -> Path:
         settings=settings_tables(manifest),
         yaml=yaml.read_text(encoding="utf-8") if yaml.is_file() else "",
         glossary=(*GLOSSARY, *_GLOSSARY),
+    )
+
+
+def _warning(result: dict[str, Json]) -> str | None:
+    """The variants whose self-check failed."""
+    lost = [name for name, v in compared(result).items()
+            if at(v, "claims", "self_check") == "failed"]  # fmt: skip
+    return (
+        f"The self-check of {', '.join(lost)} failed: no number of theirs can be trusted."
+        if lost
+        else None
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from dsteer.report.comparison_causal import causal_findings, causal_rows, claims_table
 from dsteer.report.headline import CONSTANT_BIAS, Point
 from dsteer.report.tables import Column, Table
 from dsteer.report.values import (
@@ -57,6 +58,7 @@ def comparison_findings(result: dict[str, Json]) -> list[Point]:
     points += _subspaces(result)
     points += _reliability(result)
     points += _each(f"Reach of v* at {FINAL_NORM}", result, _reach)
+    points += causal_findings(compared(result))
     return [*points, ("Keep in mind", [CONSTANT_BIAS])]
 
 
@@ -227,8 +229,44 @@ def _names(each: Json) -> str:
 
 def comparison_tables(result: dict[str, Json]) -> list[Table]:
     """THE table of the variants, their pairs, their sets, and what is missing."""
-    tables = [_variants(result), _pairs(result), _sets(result), _lost(result)]
+    tables = [
+        _variants(result),
+        claims_table(compared(result)),
+        _pairs(result),
+        _sets(result),
+        _lost(result),
+    ]
     return [table for table in tables if table.rows]
+
+
+def _of_groups(show: Callable[[Json], str], keys: tuple[str, ...]) -> Callable[[Json], str]:
+    return lambda variant: show(at(variant, "groups", *keys))
+
+
+def _k(value: Json) -> str:
+    return count(at(value, "value"))
+
+
+_GROUPS: tuple[tuple[str, str, Callable[[Json], str], tuple[str, ...]], ...] = (
+    ("groups", "of prompts with a vector each", count, ("groups",)),
+    ("groups: site", "where their vectors are compared", plain, ("site",)),
+    ("participation, expected", "were each planted axis one direction of equal length",
+     lambda value: number(point(value)), ("expected", "participation")),
+    ("participation, recovered", "(Σσ²)²/Σσ⁴ of ΔH", interval, ("displacements", "participation")),
+    ("centred participation, expected", "the mean taken off first",
+     lambda value: number(point(value)), ("expected", "centred_participation")),
+    ("centred participation, recovered", "of ΔH", interval,
+     ("displacements", "centred_participation")),
+    ("participation of the groups' vectors", "without the scatter within groups", interval,
+     ("means", "participation")),
+    ("k₉₀", "directions of the displacement that recover 90 % of what patching it recovers", _k,
+     ("k90",)),
+    ("own margin taken", "share of a group's reward margin that removing its vector takes",
+     interval, ("own", "margin_taken")),
+    ("others' margin taken", "share that removing another group's vector takes", interval,
+     ("others", "margin_taken")),
+)  # fmt: skip
+"""Rows of the stage groups: quantity, what it is, how it is shown and where it is."""
 
 
 def _variants(result: dict[str, Json]) -> Table:
@@ -294,6 +332,9 @@ def _variants(result: dict[str, Json]) -> Table:
         row("interpolation: reward margin", "nats × β, base → steered → tuned",
             lambda v: _moved(at(v, "interpolation", "reward_margin"))),
     ]  # fmt: skip
+    rows += [
+        row(quantity, meaning, _of_groups(show, keys)) for quantity, meaning, show, keys in _GROUPS
+    ]
     return Table(
         "comparison-variants",
         "The variants side by side. Brackets: interval. –: not measured.",
@@ -302,7 +343,8 @@ def _variants(result: dict[str, Json]) -> Table:
             [quantity, *cells, meaning]
             for quantity, cells, meaning in rows
             if any(cell != DASH for cell in cells)
-        ],
+        ]
+        + causal_rows(variants),
     )
 
 

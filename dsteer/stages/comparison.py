@@ -41,6 +41,7 @@ from dsteer.geometry.comparison import (
 )
 from dsteer.geometry.intervals import Interval
 from dsteer.progress import Reporter
+from dsteer.report.comparison_causal import causal_values
 from dsteer.report.comparison_figures import draw_comparison
 from dsteer.report.sweep_values import nearest
 from dsteer.report.tables import recovered_at
@@ -285,7 +286,10 @@ class _Variant:
             },
             "kl": {key: self._kl(key) for key in ("first_token", "response")},
             "interpolation": self._interpolation(),
+            "groups": self._groups(),
+            "causal": causal_values(self.result),
             "reliability": self.reliability,
+            "claims": self.result("claims").get("headline"),
         }
 
     def _at(self, site: str | None) -> Json:
@@ -296,7 +300,9 @@ class _Variant:
             (self.result(stage).get("sites") or {}).get(site) or {}
             for stage in ("vector", "spectrum", "cosine")
         )
-        delta = (spectrum.get("delta") or {}).get("uncentred") or {}
+        delta, centred = (
+            (spectrum.get("delta") or {}).get(centring) or {} for centring in CENTRINGS
+        )
         return {
             "site": site,
             "undefined": bool(size.get("undefined")),
@@ -308,9 +314,30 @@ class _Variant:
             "null_q95": (cosine.get("null") or {}).get("q95"),
             "sigma_ratio": delta.get("sigma_ratio"),
             "effective_rank": delta.get("effective_rank"),
+            "participation_ratio": delta.get("participation_ratio"),
+            "effective_rank_centred": centred.get("effective_rank"),
             "shared_share": spectrum.get("shared_share"),
             "shared_share_debiased": spectrum.get("shared_share_debiased"),
             "reliability": (self.reliability.get(site) or {}).get("full"),
+        }
+
+    def _groups(self) -> Json:
+        """Ranks that the groups' preferences imply, and those found; None without the stage."""
+        found = self.result("groups")
+        if not found:
+            return None
+        site = found["headline"]["site"]
+        row = found["sites"][site]
+        ranked = (self.result("rank").get("sites") or {}).get(site) or {}
+        return {
+            "site": site,
+            "groups": len(found["groups"]),
+            "expected": found["expected"],
+            "displacements": row["displacements"],
+            "means": row["means"],
+            "k90": (ranked.get("k90") or {}).get("oracle"),
+            "own": row["removal"]["own"],
+            "others": row["removal"]["others"],
         }
 
     def _kl(self, tokens: str) -> Json:

@@ -19,6 +19,39 @@ def around(value: float, half: float = 0.04) -> dict[str, Any]:
     return {"value": value, "low": value - half, "high": value + half, "n": 400}
 
 
+def causal(i: int) -> dict[str, Any]:
+    """A variant's causal numbers; the third one on has none but its training's."""
+    dpo = {"reward_accuracy": 0.9, "reward_margin": 1.5, "kl_to_base": 0.02 + 0.01 * i}
+    if i > 1:
+        return {"dpo": dpo, "profile": None, "rank": None, "maps": None, "claims": None}
+    return {
+        "dpo": dpo,
+        "profile": {
+            "site": "resid_post.2", "tokens": "prompt_last", "v": around(0.6 - 0.6 * i),
+            "patched": around(0.9), "random": 0.2, "efficiency": around(0.7) if not i else None,
+            "readout_share": around(0.1),
+        },
+        "rank": {
+            "site": "resid_post.2", "tokens": "prompt_last", "width": 48,
+            "k50": {"deployable": {"value": 1, "low": 1, "high": 2},
+                    "oracle": {"value": 1, "low": 1, "high": 1}},
+            "k90": {"deployable": {"value": None if i else 4, "low": None, "high": None},
+                    "oracle": {"value": 2, "low": 2, "high": 3}},
+        },
+        "maps": {
+            "site": "resid_post.2", "tokens": "prompt_last",
+            "r2": {"translation": around(0.5), "ridge": around(0.7)},
+            "kl": {"translation": around(0.6), "ridge": around(0.8)},
+        },
+        "claims": {
+            "shared_shift": "supported",
+            "low_dimensional": "not supported" if i else "supported",
+            "constant_suffices": "not supported", "preference_specific": "not tested",
+            "reversible": "not tested",
+        },
+    }  # fmt: skip
+
+
 def comparison(
     names: Sequence[str],
     *,
@@ -51,7 +84,8 @@ def comparison(
         place = {
             "undefined": False, "norm": 2.0, "relative_norm": 0.2 + 0.01 * i,
             "held_out": around(0.9 - 0.08 * i), "null_q95": 0.1, "sigma_ratio": 0.3,
-            "effective_rank": 20.0 + i, "shared_share": around(0.8 - 0.05 * i),
+            "effective_rank": 20.0 + i, "participation_ratio": 1.2 + i,
+            "effective_rank_centred": 30.0 + i, "shared_share": around(0.8 - 0.05 * i),
             "shared_share_debiased": 0.7, "reliability": None if nothing else around(0.97),
         }  # fmt: skip
         kl = {
@@ -80,7 +114,7 @@ def comparison(
                                      "target": around(0.93)},
                 "reward_margin": {"steered": None, "start": None, "target": None},
             },
-            "reliability": dict.fromkeys(sites, reliability),
+            "causal": causal(i), "reliability": dict.fromkeys(sites, reliability),
         }  # fmt: skip
 
     def angles() -> dict[str, Any] | None:

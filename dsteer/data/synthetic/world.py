@@ -250,21 +250,34 @@ class World:
         topics: TopicChoice = "all",
         label_noise: float = 0.0,
         differ: Differ = "all",
+        switch: Sequence[Mapping[str, float]] | None = None,
     ) -> list[PreferencePair]:
         """n preference pairs on different prompts; see `pair`.
+
+        With ``switch`` each group of prompts has weights of its own, and ``axes`` say nothing: the
+        k groups take the world's topics in turn, so that a prompt alone tells its group. The tag
+        ``axes`` names it.
 
         Prompts on which no preferred axis can vary are passed over. Tags (all strings): topic,
         split, rule_triggered, axes, flipped, and ``chosen.<axis>`` and ``rejected.<axis>``, the
         poles of the two answers.
 
         Raises:
-            DataError: as `pair` and `records`.
+            DataError: as `pair` and `records`; fewer than two groups, two that prefer the same, or
+                a group without a topic.
         """
-        weights = _weights(axes)
         _check_noise(label_noise)
+        if switch is None:
+            weights = _weights(axes)
+            found = [(record, weights) for record in self.records(n, topics, weights)]
+        else:
+            by_topic = _switched(switch, self.topics(topics))
+            drawn = ((r, by_topic[r.topic]) for r in self._records(_choose(topics)))
+            usable = ((record, weights) for record, weights in drawn if _varies(record, weights))
+            found = list(islice(usable, _size(n)))
         return [
             replace(self.pair(record, weights, label_noise, differ), row=row)
-            for row, record in enumerate(self.records(n, topics, weights))
+            for row, (record, weights) in enumerate(found)
         ]
 
     def contrast(self, record: PromptRecord, axis: str) -> ContrastPair:
@@ -358,6 +371,32 @@ def _weights(axes: Mapping[str, float]) -> dict[str, float]:
             "such as {'polite': 1.0}"
         )
     return weights
+
+
+def _switched(
+    switch: Sequence[Mapping[str, float]], topics: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """The weights of each topic: group g of k has every k-th topic from the g-th on."""
+    groups = [_weights(axes) for axes in switch]
+    if len(groups) < 2:
+        raise DataError(
+            f"switch has {len(groups)} group of prompts: give two or more, or axes, which hold on "
+            "every prompt"
+        )
+    for number, group in enumerate(groups):
+        if group in groups[:number]:
+            raise DataError(
+                f"two groups of switch prefer the same, {group}: the group of a pair is known by "
+                "its weights; join them, or change one"
+            )
+    chosen = {name: number % len(groups) for number, name in enumerate(_TOPICS) if name in topics}
+    missing = set(range(len(groups))) - set(chosen.values())
+    if missing:
+        raise DataError(
+            f"switch has {len(groups)} groups, but {len(chosen)} topics leave group "
+            f"{min(missing)} without a prompt; give fewer groups or more topics"
+        )
+    return {name: groups[number] for name, number in chosen.items()}
 
 
 def _check_noise(label_noise: float) -> None:

@@ -1,0 +1,274 @@
+"""What a study's variants measured by changing states and by training, read off their results.
+
+Only what a variant has: a stage that it did not run is None, and stops no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dsteer.report.headline import Point
+from dsteer.report.tables import Column, Table
+from dsteer.report.values import (
+    DASH,
+    Estimate,
+    at,
+    count,
+    estimate,
+    interval,
+    items,
+    mapping,
+    number,
+    plain,
+    point,
+    real,
+)
+from dsteer.store import Json
+
+CLAIMS = (
+    "shared_shift", "low_dimensional", "constant_suffices", "preference_specific", "reversible",
+)  # fmt: skip
+"""The claims, in the order in which they are told."""
+
+VERDICTS = ("supported", "not supported", "not tested")
+
+MAPS = ("translation", "ridge")
+"""The maps that are compared: the one vector, and the richest."""
+
+
+def causal_values(read: Callable[[str], dict[str, Json]]) -> dict[str, Json]:
+    """A variant's numbers of dpo, profile, rank, maps and claims.
+
+    Args:
+        read: a stage's result, empty where the variant has none.
+    """
+    return {
+        "dpo": _dpo(read("dpo")),
+        "profile": _profile(read("profile")),
+        "rank": _rank(read("rank"), read("profile")),
+        "maps": _maps(read("maps"), read("profile")),
+        "claims": {
+            str(claim["name"]): claim["verdict"] for claim in items(read("claims").get("claims"))
+        }
+        or None,
+    }
+
+
+def _dpo(result: dict[str, Json]) -> Json:
+    if not result:
+        return None
+    told = mapping(result.get("headline"))
+    return {key: told.get(key) for key in ("reward_accuracy", "reward_margin", "kl_to_base")}
+
+
+def _profile(result: dict[str, Json]) -> Json:
+    """The profile at the place that it chose on tune."""
+    site, tokens = (at(result, "chosen", key) for key in ("site", "tokens"))
+    here = at(result, "sites", site or "", tokens or "")
+    if here is None:
+        return None
+    return {
+        "site": site,
+        "tokens": tokens,
+        **{arm: at(here, arm, "kl_recovered") for arm in ("v", "patched")},
+        "random": at(here, "random", "kl_recovered", "high"),
+        "efficiency": here.get("efficiency"),
+        "readout_share": result.get("readout_share"),
+    }
+
+
+def _place(sites: dict[str, Json], profile: dict[str, Json]) -> str | None:
+    """The site that the profile chose if it is among these, else the first one."""
+    chosen = at(profile, "chosen", "site")
+    return str(chosen) if chosen in sites else next(iter(sites), None)
+
+
+def _rank(result: dict[str, Json], profile: dict[str, Json]) -> Json:
+    sites = mapping(result.get("sites"))
+    site = _place(sites, profile)
+    if site is None:
+        return None
+    here = sites[site]
+    return {
+        "site": site,
+        "tokens": here.get("tokens"),
+        "width": here.get("width"),
+        **{key: mapping(here.get(key)) for key in ("k50", "k90")},
+    }
+
+
+def _maps(result: dict[str, Json], profile: dict[str, Json]) -> Json:
+    fitted, changed = (mapping(result.get(key)) for key in ("sites", "kl"))
+    site = _place(changed, profile) or _place(fitted, profile)
+    if site is None:
+        return None
+    return {
+        "site": site,
+        "tokens": at(changed, site, "tokens"),
+        "r2": {name: at(fitted, site, "r2", name) for name in MAPS},
+        "kl": {name: at(changed, site, "recovered", name) for name in MAPS},
+    }
+
+
+# ---------------------------------------------------------------------------------- told
+
+
+Reading = tuple[str, str, Callable[[Json], Json]]
+"""Words of a series, what it is, and how it is read off a variant's entry."""
+
+PANELS: dict[str, tuple[str, tuple[Reading, ...]]] = {
+    "profile": ("KL recovered", (
+        ("v*", "at the place chosen on tune", lambda v: at(v, "causal", "profile", "v")),
+        ("patched", "the tuned states themselves, there",
+         lambda v: at(v, "causal", "profile", "patched")))),
+    "efficiency": ("share of the change", (
+        ("efficiency", "v* over patched", lambda v: at(v, "causal", "profile", "efficiency")),
+        ("readout", "what the tuned head does beyond the states",
+         lambda v: at(v, "causal", "profile", "readout_share")))),
+    "r2": ("R² of maps", (
+        ("translation", "share of Δ that one vector explains on test",
+         lambda v: at(v, "causal", "maps", "r2", "translation")),
+        ("ridge", "share of Δ that a linear map explains on test",
+         lambda v: at(v, "causal", "maps", "r2", "ridge")))),
+    "maps_kl": ("KL recovered by maps", (
+        ("translation", "share of KL that one vector recovers",
+         lambda v: at(v, "causal", "maps", "kl", "translation")),
+        ("ridge", "share of KL that a linear map recovers",
+         lambda v: at(v, "causal", "maps", "kl", "ridge")))),
+    "k90": ("k₉₀", (
+        ("deployable", "directions fitted on other prompts, for 90 % of patching",
+         lambda v: at(v, "causal", "rank", "k90", "deployable")),
+        ("oracle", "directions of the test displacement itself, for 90 % of patching",
+         lambda v: at(v, "causal", "rank", "k90", "oracle")))),
+    "k50": ("k₅₀", (
+        ("deployable", "directions fitted on other prompts, for half of patching",
+         lambda v: at(v, "causal", "rank", "k50", "deployable")),
+        ("oracle", "directions of the test displacement itself, for half of patching",
+         lambda v: at(v, "causal", "rank", "k50", "oracle")))),
+    "participation": ("participation ratio", (
+        ("ΔH", "of its singular values, at the chosen site",
+         lambda v: at(v, "at", "chosen", "participation_ratio")),)),
+    "centred": ("effective rank, centred", (
+        ("centred ΔH", "exp of the spectral entropy with p = 1, at the chosen site",
+         lambda v: at(v, "at", "chosen", "effective_rank_centred")),)),
+    "accuracy": ("DPO: accuracy", (
+        ("implicit reward", "share of test pairs whose chosen answer has the higher one",
+         lambda v: at(v, "causal", "dpo", "reward_accuracy")),)),
+    "kl_to_base": ("DPO: KL to base", (
+        ("nats a token", "on test pairs", lambda v: at(v, "causal", "dpo", "kl_to_base")),)),
+}  # fmt: skip
+"""The quantities, by key: what the one or two series of a panel are, and where they stand."""
+
+
+def panel_values(variants: dict[str, Json], key: str) -> dict[str, list[Estimate]]:
+    """The series of one panel, one estimate a variant."""
+    return {
+        words: [estimate(read(v)) for v in variants.values()] for words, _, read in PANELS[key][1]
+    }
+
+
+def causal_rows(variants: dict[str, Json]) -> list[list[str]]:
+    """Rows of the table of the variants; those that no variant has are left out."""
+    rows = [
+        ["profile: place", *map(_profile_place, variants.values()), "chosen on tune"],
+        ["rank: place", *(_rank_place(v) for v in variants.values()), "and the width"],
+    ]
+    for title, readings in PANELS.values():
+        for words, meaning, read in readings:
+            cells = [interval(read(v)) for v in variants.values()]
+            rows.append([f"{title}: {words}", *cells, meaning])
+    return [row for row in rows if any(cell != DASH for cell in row[1:-1])]
+
+
+def _profile_place(variant: Json) -> str:
+    here = at(variant, "causal", "profile")
+    return DASH if here is None else f"{plain(here['site'])}, {plain(here['tokens'])}"
+
+
+def _rank_place(variant: Json) -> str:
+    here = at(variant, "causal", "rank")
+    if here is None:
+        return DASH
+    return f"{plain(here['site'])}, {plain(here['tokens'])}, d = {count(here['width'])}"
+
+
+def claims_table(variants: dict[str, Json]) -> Table:
+    """Variants × claims."""
+    told = {name: mapping(at(v, "causal", "claims")) for name, v in variants.items()}
+    return Table(
+        "comparison-claims",
+        "The verdict on each claim, variant by variant. –: the claims were not graded.",
+        [Column("variant", text=True),
+         *(Column(claim.replace("_", " "), text=True) for claim in CLAIMS)],
+        [
+            [name, *(plain(verdicts.get(claim)) for claim in CLAIMS)]
+            for name, verdicts in told.items()
+        ] if any(told.values()) else [],
+    )  # fmt: skip
+
+
+def causal_findings(variants: dict[str, Json]) -> list[Point]:
+    """What the variants' causal numbers say, side by side."""
+    points: list[Point] = []
+    for title, say in (
+        ("What states cause", _profile_words),
+        ("Directions and maps", _dimension_words),
+    ):
+        said = [f"{name}: {words}" for name, v in variants.items() if (words := say(v))]
+        points += [(title, said)] if said else []
+    said = _claim_words(variants)
+    return [*points, ("Claims", said)] if said else points
+
+
+def _profile_words(variant: Json) -> str:
+    here = at(variant, "causal", "profile")
+    if here is None:
+        return ""
+    text = (
+        f"at {here['site']} ({here['tokens']}), adding v* recovers {interval(here['v'])} of KL and "
+        f"patching the tuned states {interval(here['patched'])}"
+    )
+    value = estimate(here["v"])
+    bound, null = value.low if value.low is not None else value.value, real(here["random"])
+    if bound is not None and null is not None and bound <= null:
+        text += f"; v* is not told from random directions (up to {number(null)})"
+    if point(here["readout_share"]) is not None:
+        text += f"; the tuned head does {interval(here['readout_share'])} beyond the states"
+    return text + "."
+
+
+def _dimension_words(variant: Json) -> str:
+    said = []
+    rank = at(variant, "causal", "rank")
+    if rank is not None:
+        k90 = at(rank, "k90", "deployable")
+        said.append(
+            f"k₉₀ of deployable directions at {rank['site']} is {interval(k90)} of {rank['width']}"
+            if point(k90) is not None
+            else f"no measured number of deployable directions reaches 90 % at {rank['site']}"
+        )
+    maps = at(variant, "causal", "maps")
+    if maps is not None:
+        known = [
+            f"{interval(maps['r2'][name])} by {words}"
+            for name, words in (("translation", "one vector"), ("ridge", "a linear map"))
+            if point(maps["r2"][name]) is not None
+        ]
+        if known:
+            said.append(f"of Δ at {maps['site']} explained {' and '.join(known)}")
+    return "; ".join(said) + "." if said else ""
+
+
+def _claim_words(variants: dict[str, Json]) -> list[str]:
+    """Each claim: which variants support it, and which do not."""
+    said = []
+    for claim in CLAIMS:
+        who: dict[str, list[str]] = {}
+        for name, v in variants.items():
+            verdict = at(v, "causal", "claims", claim)
+            if verdict is not None:
+                who.setdefault(str(verdict), []).append(name)
+        told = [f"{verdict} in {', '.join(who[verdict])}" for verdict in VERDICTS if verdict in who]
+        if told:
+            said.append(f"{claim.replace('_', ' ')}: {'; '.join(told)}.")
+    return said
