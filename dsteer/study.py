@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dsteer.config import PipelineConfig, as_yaml, resolved, variants_of
-from dsteer.errors import DsteerError, StudyError
+from dsteer.errors import ConfigError, DsteerError, StudyError
 from dsteer.nulls import run_with_nulls
 from dsteer.parallel import join
 from dsteer.pipeline import Step, complete_stages, make_plan, manifest_head, require_inputs
 from dsteer.progress import Reporter
 from dsteer.sharing import Variant, share
+from dsteer.spread import spread
 from dsteer.store import (
     Json,
     Run,
@@ -72,6 +73,7 @@ def run_study(
     until: str | None = None,
     only: str | None = None,
     force: str | None = None,
+    jobs: int = 1,
     reporter: Reporter,
 ) -> Json:
     """Run every variant, compare them, and return the study's summary.
@@ -80,14 +82,20 @@ def run_study(
     Where a launcher started several processes, all call this and share each variant's stages; the
     first one alone compares. An error then ends all: the same command goes on from there.
 
+    With ``jobs`` above 1 that many variants run at a time, each in a process of its own.
+
     Raises:
+        ConfigError: jobs together with a launcher, or with stages that are forced or taken alone.
         StudyError: variants failed by what a user can mend; the others are complete and compared.
         DsteerError: what stops all of them, before anything is written.
     """
     ranks = join()
+    if jobs > 1 and (ranks.world > 1 or only is not None or force is not None):
+        why = "a launcher's processes" if ranks.world > 1 else "--only" if only else "--force"
+        raise ConfigError(f"--jobs {jobs} does not go with {why}; leave one of them out")
     with ranks.one_fate():
         if ranks.main:
-            return _lead(config, yaml_text, Run(out), overrides, until, only, force, reporter)
+            return _lead(config, yaml_text, Run(out), overrides, until, only, force, jobs, reporter)
         for variant in variants(config, out):
             run_with_nulls(variant.config, "", variant.run.path, reporter=reporter)
     return {}
@@ -101,6 +109,7 @@ def _lead(
     until: str | None,
     only: str | None,
     force: str | None,
+    jobs: int,
     reporter: Reporter,
 ) -> Json:
     """Run the variants one after the other, compare them, and keep the records."""
@@ -111,6 +120,8 @@ def _lead(
     done: list[Variant] = []
     with run.lock():
         run.claim(config.name, yaml_text)
+        if jobs > 1:
+            spread(variants(config, run.path), jobs, until, reporter)
         for variant in variants(config, run.path):
             reporter.line(f"{config.name}: variant {variant.name}")
             try:

@@ -18,7 +18,7 @@ LAYERS = {
     "models": 2, "data": 2, "activations": 2,
     "training": 3, "steering": 3, "behaviour": 3, "transfer": 3, "report": 3, "mlx": 3,
     "stages": 4, "doctor": 4, "exchange": 4, "serving": 4,
-    "pipeline": 5, "study": 5, "nulls": 5, "sharing": 5, "compare": 5,
+    "pipeline": 5, "study": 5, "nulls": 5, "sharing": 5, "spread": 5, "compare": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip
 REPORT_MAY_USE = {"errors", "store", "progress", "report"}

@@ -136,6 +136,9 @@ def run(
     only: OnlyOption = None,
     force: ForceOption = None,
     out: OutOption = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Of a study: variants at a time, each a process.")
+    ] = 1,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress, only the end.")
     ] = False,
@@ -150,6 +153,7 @@ def run(
         until=until,
         only=only,
         force=force,
+        jobs=jobs,
         quiet=quiet,
     )
 
@@ -163,6 +167,7 @@ def _run(
     until: str | None = None,
     only: str | None = None,
     force: str | None = None,
+    jobs: int = 1,
     quiet: bool = False,
 ) -> None:
     """Run a pipeline or a study, and print what came out."""
@@ -170,6 +175,9 @@ def _run(
     from dsteer.progress import Reporter
     from dsteer.study import run_study
 
+    if jobs > 1 and not config.variants:
+        raise ConfigError(f"--jobs {jobs}: {config.name} has no variants to spread; leave it out")
+    study: dict[str, Any] = {"jobs": jobs} if config.variants else {}
     summary = (run_study if config.variants else run_with_nulls)(
         config,
         text,
@@ -179,6 +187,7 @@ def _run(
         only=only,
         force=force,
         reporter=Reporter("quiet" if quiet else "auto"),
+        **study,
     )
     if join().main:
         _print_summary(summary, folder)

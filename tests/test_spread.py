@@ -1,0 +1,66 @@
+"""A study over processes ends as one over none: the same bytes, what is shared done once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsteer.config import read_pipeline
+from dsteer.errors import ConfigError, StudyError
+from dsteer.progress import SILENT
+from dsteer.store import Json, read_json
+from dsteer.study import run_study
+
+YAML = """
+name: small
+data:
+  sources: [{format: synthetic, conversations: 120}]
+  splits: {fit: 16, tune: 8, test: 8}
+models: {device: cpu}
+base:
+  model: {vocab_size: 400, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2,
+          num_attention_heads: 2, num_key_value_heads: 2}
+  steps: 3
+  batch_size: 4
+  context_length: 64
+dpo: {max_steps: 3, batch_size: 4, learning_rate: 1.0e-3, max_length: 160, eval_pairs: 4}
+activations: {batch_tokens: 2048, response_tokens: 0}
+vector: {bootstrap: 20, convergence_draws: 2}
+variants:
+  slow: {dpo.learning_rate: 1.0e-3}
+  fast: {dpo.learning_rate: 2.0e-3}
+"""
+
+
+def go(out: Path, jobs: int, text: str = YAML) -> Json:
+    return run_study(read_pipeline(text), text, out, jobs=jobs, reporter=SILENT)
+
+
+def test_the_same_bytes_and_what_is_shared_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone, spread = (go(tmp_path / str(jobs), jobs) for jobs in (1, 2))
+    assert alone == spread
+    for name in ("slow", "fast"):
+        for file in ("vector/vectors.safetensors", "dpo/model/model.safetensors"):
+            one, two = (tmp_path / jobs / "variants" / name / file for jobs in ("1", "2"))
+            assert one.read_bytes() == two.read_bytes()
+    bases = [
+        read_json(tmp_path / "2" / "variants" / name / "base" / "stage.json")["seconds"]
+        for name in ("slow", "fast")
+    ]
+    assert bases[0] == bases[1], "the record of one training, taken over"
+
+
+def test_a_failing_variant_does_not_lose_the_others(tmp_path: Path) -> None:
+    text = YAML.replace("fast: {dpo.learning_rate: 2.0e-3}", "broken: {dpo.loss_type: nosuch}")
+    with pytest.raises(StudyError, match=r"1 of 2 variants failed \(broken"):
+        go(tmp_path, 2, text)
+    assert (tmp_path / "variants" / "slow" / "vector" / "result.json").is_file()
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--jobs 2 does not go with --force"):
+        run_study(read_pipeline(YAML), YAML, tmp_path, jobs=2, force="vector", reporter=SILENT)
