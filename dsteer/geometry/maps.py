@@ -37,8 +37,8 @@ class StateMap:
         factor: a of ``scale``, else 0.
         shift: μ, or zeros.
         centre: h̄.
-        left: (d, k) and
-        right: (k, d): the linear part; both None where there is none.
+        left: (d, r) and
+        right: (r, d): the linear part; both None where there is none.
         rank: k of ``low_rank``.
         penalty: λ of ``low_rank`` and ``ridge``.
     """
@@ -47,8 +47,8 @@ class StateMap:
     factor: float
     shift: Float[Tensor, " d"]
     centre: Float[Tensor, " d"]
-    left: Float[Tensor, "d k"] | None = None
-    right: Float[Tensor, "k d"] | None = None
+    left: Float[Tensor, "d r"] | None = None
+    right: Float[Tensor, "r d"] | None = None
     rank: int | None = None
     penalty: float | None = None
 
@@ -98,9 +98,9 @@ def fit_maps(
     found["scale_translation"] = _map(
         "scale_translation", centre, factor=factor, shift=mu - factor * centre
     )
-    values, vectors = np.linalg.eigh(x.T @ x)
-    values = np.maximum(values, 0)
+    values, vectors = _axes(x)
     projected = vectors.T @ (x.T @ d)
+    seen = held @ vectors
     variance = spread / x.size if x.size else 0.0
     best_ridge: tuple[float, float, np.ndarray] | None = None
     best_low: tuple[float, float, int, np.ndarray, np.ndarray] | None = None
@@ -109,30 +109,36 @@ def fit_maps(
         solved = np.divide(
             projected, shrunk[:, None], out=np.zeros_like(projected), where=shrunk[:, None] > 0
         )
-        weights = vectors @ solved
-        error = float(((rest - held @ weights) ** 2).sum())
+        error = float(((rest - seen @ solved) ** 2).sum())
         if best_ridge is None or error < best_ridge[0]:
-            best_ridge = (error, penalty, weights)
-        # the fit of the penalised problem is [X; √(Nλs²) I] W, whose Gram matrix is this
-        gram = solved.T @ (shrunk[:, None] * solved)
-        directions = np.linalg.eigh(gram)[1][:, ::-1]
+            best_ridge = (error, penalty, solved)
+        # the fit of the penalised problem is [X; √(Nλs²) I] W, whose Gram matrix is that of this
+        directions = _axes(np.sqrt(shrunk)[:, None] * solved)[1]
         for rank in sorted({min(rank, len(centre)) for rank in ranks}):
             axes = directions[:, :rank]
-            part = weights @ axes
-            error = float(((rest - held @ part @ axes.T) ** 2).sum())
+            part = solved @ axes
+            error = float(((rest - seen @ part @ axes.T) ** 2).sum())
             if best_low is None or error < best_low[0] * (1 - 1e-9):
                 best_low = (error, penalty, rank, part, axes.T)
     assert best_ridge is not None
     assert best_low is not None
     _, penalty, rank, left, right = best_low
     found["low_rank"] = _map(
-        "low_rank", centre, shift=mu, left=left, right=right, rank=rank, penalty=penalty
+        "low_rank", centre, shift=mu, left=vectors @ left, right=right, rank=rank, penalty=penalty
     )
-    _, penalty, weights = best_ridge
-    found["ridge"] = _map(
-        "ridge", centre, shift=mu, left=weights, right=np.eye(len(centre)), penalty=penalty
-    )
+    _, penalty, solved = best_ridge
+    found["ridge"] = _map("ridge", centre, shift=mu, left=vectors, right=solved, penalty=penalty)
     return found
+
+
+def _axes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """σ² and right singular vectors as columns, falling, in the cheaper of two ways: no more than
+    there are rows, where these are fewer than the coordinates (the dual form)."""
+    if len(rows) < rows.shape[1]:
+        _, sigma, right = np.linalg.svd(rows, full_matrices=False)
+        return sigma**2, right.T
+    values, vectors = np.linalg.eigh(rows.T @ rows)
+    return np.maximum(values[::-1], 0), vectors[:, ::-1]
 
 
 def _map(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dsteer.activations.extract import PairedActivations
-from dsteer.activations.sites import ENCODER, FINAL_NORM, resolve_sites
+from dsteer.activations.sites import ENCODER, FINAL_NORM
 from dsteer.behaviour.edited import Bench, Place, Split, json_of, places, rows_of
 from dsteer.config import MapsConfig
+from dsteer.errors import MeasurementError
 from dsteer.geometry.intervals import bootstrap_ratio
 from dsteer.geometry.maps import NAMES, StateMap, fit_maps
 from dsteer.models.load import Model
@@ -33,6 +34,12 @@ def run(context: StageContext) -> Json:
     rows = {split: slice(*measured["rows"][split]) for split in ("fit", "tune", "test")}
     sites: dict[str, Json] = {}
     asked = acts.sites if config.sites == "all" else config.sites
+    for site in asked:
+        if site not in acts.sites:
+            raise MeasurementError(
+                f"maps.sites: {site}: the run holds no states there; name some of "
+                f"{', '.join(acts.sites)}"
+            )
     with context.reporter.bar("maps", len(asked), unit="site") as advance:
         for site in asked:
             base, delta = acts.base[site].double(), acts.displacement(site)
@@ -40,7 +47,6 @@ def run(context: StageContext) -> Json:
             sites[site] = _site(base, delta, rows, keys, config, context.seed(site))
             advance(1)
     pair = ModelPair.configured(context.config.models, context.base_path, context.tuned_path)
-    resolve_sites(list(asked), pair.n_blocks, encoder=pair.encoder_decoder)
     profile, cosine = (
         context.result(name) if name in context.inputs else None for name in ("profile", "cosine")
     )

@@ -199,7 +199,7 @@ def _place(
         "kl_optimal": {"value": optimal, "on": "tune"},
         "per_prompt": {
             "mean": float(own["test"].mean()),
-            "sd": float(own["test"].std()),
+            "sd": float(own["test"].std()) if len(own["test"]) > 1 else None,
             "q05": float(quantiles[0]),
             "q95": float(quantiles[1]),
             "n": len(own["test"]),
