@@ -147,8 +147,8 @@ def best_strength(result: dict[str, Json], folder: Path) -> Drawing | None:
         "Left: λ = ⟨Δ, v⟩/‖v‖² of the changed tokens of "
         f"{plural(result.get('n_test'), 'test pair')}. Right: KL recovered by λv* on the test "
         "pairs, with λ = 1, the least-squares strength and the constant of least KL, chosen on "
-        "tune pairs; the band is the interval, the upper line is the best strength of the grid for "
-        "each answer, which no constant can pass."
+        "tune pairs; the band is the interval, the upper line is the best of these strengths for "
+        "each answer, which none of them can pass for all."
     )
     return Drawing("strength", figure, data)
 

@@ -106,7 +106,7 @@ ARMS = {
     "kl_optimal": ("least KL", "the constant of least KL on tune"),
     "predicted": ("predicted", "each token's λ predicted from its base state"),
     "along_displacement": ("own λ", "each token's own ⟨Δ, v⟩/‖v‖², from the tuned state"),
-    "per_prompt_oracle": ("best per answer", "of the grid the λ that serves each answer best"),
+    "per_prompt_oracle": ("best per answer", "of all constants, each answer's best"),
 }
 
 

@@ -65,7 +65,7 @@ def run(context: StageContext) -> Json:
         "sites": sites,
         "kl": kl,
         "headline": _headline(first, sites.get(first), kl.get(first)),
-        "notes": notes,
+        "notes": [*_notes(sites), *notes],
     }
     draw_result("maps", result, context.folder)
     return result
@@ -84,6 +84,28 @@ def _headline(site: str, found: Json, kl: Json) -> dict[str, Json]:
         "kl_translation": value(kl, "recovered", "translation"),
         "kl_ridge": value(kl, "recovered", "ridge"),
     }
+
+
+def _notes(sites: Mapping[str, Json]) -> list[str]:
+    undefined = [site for site, found in sites.items() if found["r2"] is None]
+    grown = [
+        site
+        for site, found in sites.items()
+        if found["r2"] is not None
+        and found["r2"]["scale"]["value"] > found["r2"]["translation"]["value"]
+    ]
+    notes = []
+    if undefined:
+        notes.append(
+            "No map has an R² where the displacement is exactly zero: " + ", ".join(undefined) + "."
+        )
+    if grown:
+        notes.append(
+            f"At {', '.join(grown)} a scale predicts more of the displacement than a constant: the "
+            "states' norm grows or shrinks, which looks like steering in R² and in cosines; where "
+            "a norm follows (anywhere but at final_norm) it is taken away again, so judge by KL."
+        )
+    return notes
 
 
 def _site(

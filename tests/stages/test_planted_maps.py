@@ -130,6 +130,8 @@ def test_norm_growth_is_a_scale_and_changes_nothing_that_is_said(measure: Measur
         assert here["r2"]["translation"]["value"] < 0.9
     recovered = found["kl"][SITE]["recovered"]
     assert set(recovered.values()) == {None}, "no KL that could be recovered"
+    (note,) = (text for text in found["notes"] if "a scale predicts more" in text)
+    assert note.startswith("At resid_post.0, resid_post.1, resid_post.2, resid_post.3")
 
 
 @pytest.mark.parametrize(
