@@ -214,8 +214,8 @@ def test_a_batch_in_parts_and_checkpointed_is_the_same_step(bases, tmp_path) -> 
 
 
 def test_other_losses_are_refused(bases, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="robust is not available for encoder-decoder models"):
-        train(bases["t5"], tmp_path, loss_type="robust")
+    with pytest.raises(ConfigError, match="exo_pair is not available for encoder-decoder models"):
+        train(bases["t5"], tmp_path, loss_type="exo_pair")
 
 
 @pytest.mark.parametrize("family", ["t5", "bart-forced-bos"])
