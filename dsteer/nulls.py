@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsteer.config import PipelineConfig, as_yaml, nulls_of
+from dsteer.config import PipelineConfig, nulls_of
 from dsteer.errors import DsteerError, StudyError
 from dsteer.parallel import join
 from dsteer.pipeline import Step, make_plan, run_pipeline
 from dsteer.progress import Reporter
-from dsteer.sharing import Variant, share
+from dsteer.sharing import Variant, prepare
 from dsteer.stages import BY_NAME, NULLS_FOLDER, planned
 from dsteer.store import Json, Run
 
@@ -114,13 +114,8 @@ def _run_nulls(
     done = [*relatives, Variant(config.name, config, Run(out))]
     for null in null_runs(config, out):
         reporter.line(f"{config.name}: null {null.name}")
-        text = as_yaml(null.config)
         try:
-            if ranks.main:
-                null.run.check(null.config.name)
-                with null.run.lock():
-                    null.run.claim(null.config.name, text)
-                    share(null, done)
+            text = prepare(null, done) if ranks.main else ""
             run_pipeline(null.config, text, null.run.path, reporter=reporter)
         except Exception as error:
             if ranks.world > 1:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsteer.config import PipelineConfig
+from dsteer.config import PipelineConfig, as_yaml
 from dsteer.pipeline import identify_stages
 from dsteer.store import Json, Run, StageFolder, atomic_path, hash_json
 
@@ -37,6 +37,16 @@ class Variant:
     name: str
     config: PipelineConfig
     run: Run
+
+
+def prepare(variant: Variant, done: Sequence[Variant], force: str | None = None) -> str:
+    """Make a folder the run of a variant, and take what finished ones have for it; its YAML."""
+    text = as_yaml(variant.config)
+    variant.run.check(variant.config.name)
+    with variant.run.lock():
+        variant.run.claim(variant.config.name, text)
+        share(variant, done, force)
+    return text
 
 
 def share(variant: Variant, done: Sequence[Variant], force: str | None = None) -> None:

@@ -21,7 +21,7 @@ from dsteer.config import as_yaml, read_pipeline
 from dsteer.nulls import run_with_nulls
 from dsteer.pipeline import identify_stages, run_pipeline
 from dsteer.progress import Reporter
-from dsteer.sharing import Variant, share
+from dsteer.sharing import Variant, prepare
 from dsteer.store import hash_json
 
 
@@ -63,11 +63,7 @@ def _share_first(variants: Sequence[Variant], until: str | None, reporter: Repor
     counts = Counter(print_ for own in prints.values() for print_ in own.values())
     done: list[Variant] = []
     for variant in variants:
-        text = as_yaml(variant.config)
-        variant.run.check(variant.config.name)
-        with variant.run.lock():
-            variant.run.claim(variant.config.name, text)
-            share(variant, done)
+        text = prepare(variant, done)
         last = None
         for name, print_ in prints[variant.name].items():
             if counts[print_] < 2:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dsteer.config import PipelineConfig, as_yaml, resolved, variants_of
+from dsteer.config import PipelineConfig, resolved, variants_of
 from dsteer.errors import ConfigError, DsteerError, StudyError
 from dsteer.nulls import run_with_nulls
 from dsteer.parallel import join
 from dsteer.pipeline import Step, complete_stages, make_plan, manifest_head, require_inputs
 from dsteer.progress import Reporter
-from dsteer.sharing import Variant, share
+from dsteer.sharing import Variant, prepare
 from dsteer.spread import spread
 from dsteer.store import (
     Json,
@@ -125,14 +125,9 @@ def _lead(
         for variant in variants(config, run.path):
             reporter.line(f"{config.name}: variant {variant.name}")
             try:
-                text = as_yaml(variant.config)
-                variant.run.check(variant.config.name)
-                with variant.run.lock():
-                    variant.run.claim(variant.config.name, text)
-                    share(variant, done, forced)
                 run_with_nulls(
                     variant.config,
-                    text,
+                    prepare(variant, done, forced),
                     variant.run.path,
                     until=until,
                     only=only,

@@ -147,6 +147,14 @@ class Bench:
             answers = Answers(answers.texts[: answers.pairs], answers.pairs, answers.clusters)
         return self.read(name, answers)
 
+    def splits(self, tokens: Tokens) -> dict[str, Split]:
+        """The chosen answers of fit, tune and test, as many as the config says."""
+        config = self.config
+        sizes = {"fit": config.fit_pairs, "tune": config.tune_pairs, "test": config.pairs}
+        return {
+            name: self.split(name, size, chosen=True, tokens=tokens) for name, size in sizes.items()
+        }
+
     def read(self, name: str, answers: Answers) -> Split:
         """Given answers, as both models see them.
 

@@ -196,6 +196,12 @@ class StageContext:
         return self.config.seed_for(self.name, *names)
 
     @property
+    def template(self) -> str:
+        """How prompts are written: ``none`` or ``chat``."""
+        activations = self.config.activations
+        return activations.template if activations is not None else "none"
+
+    @property
     def base_path(self) -> str:
         """Hub id or folder of the base model."""
         trained = self.inputs.get("base")

@@ -93,12 +93,11 @@ class _Study:
                 f"groups.sites {', '.join(config.sites)}: the activations hold "
                 f"{', '.join(self.acts.sites)}; name one of them"
             )
-        activations = context.config.activations
         self.bench = Bench(
             pair,
             config,
             context.input("data"),
-            activations.template if activations else "none",
+            context.template,
             [place.site for place in self.places],
             context.seed("bootstrap"),
             context.reporter,

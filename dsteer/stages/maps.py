@@ -166,21 +166,16 @@ def _divergences(
 ) -> tuple[dict[str, Json], list[str]]:
     if not wanted:
         return {}, []
-    template = context.config.activations.template if context.config.activations else "none"
     bench = Bench(
         pair,
         config,
         context.input("data"),
-        template,
+        context.template,
         [place.site for place in wanted],
         context.seed("bootstrap"),
         context.reporter,
     )
-    sizes = {"fit": config.fit_pairs, "tune": config.tune_pairs, "test": config.pairs}
-    splits = {
-        name: bench.split(name, size, chosen=True, tokens=wanted[0].tokens)
-        for name, size in sizes.items()
-    }
+    splits = bench.splits(wanted[0].tokens)
     found: dict[str, Json] = {}
     with pair.using("base") as model:
         for place in wanted:

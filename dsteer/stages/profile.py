@@ -70,7 +70,7 @@ class _Profile:
             pair,
             config,
             context.input("data"),
-            activations.template if activations else "none",
+            context.template,
             self.sites,
             context.seed("bootstrap"),
             context.reporter,

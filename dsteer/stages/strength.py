@@ -49,21 +49,16 @@ def run(context: StageContext) -> Json:
             "where the models differ"
         )
     pair = ModelPair.configured(context.config.models, context.base_path, context.tuned_path)
-    template = context.config.activations.template if context.config.activations else "none"
     bench = Bench(
         pair,
         config,
         context.input("data"),
-        template,
+        context.template,
         [place.site for place in wanted],
         context.seed("bootstrap"),
         context.reporter,
     )
-    sizes = {"fit": config.fit_pairs, "tune": config.tune_pairs, "test": config.pairs}
-    splits = {
-        name: bench.split(name, size, chosen=True, tokens=wanted[0].tokens)
-        for name, size in sizes.items()
-    }
+    splits = bench.splits(wanted[0].tokens)
     sites: dict[str, Json] = {}
     tensors: dict[str, np.ndarray] = {}
     with pair.using("base") as model:
