@@ -18,6 +18,14 @@ install_import_hook(
     "beartype.beartype",
 )
 
+LONG = ("test_end_to_end.py", "test_spread.py")
+"""Files that take minutes: they start first, so that no process waits for them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
