@@ -136,14 +136,14 @@ PANELS: dict[str, tuple[str, tuple[Reading, ...]]] = {
         ("ridge", "share of KL that a linear map recovers",
          lambda v: at(v, "causal", "maps", "kl", "ridge")))),
     "k90": ("k₉₀", (
-        ("deployable", "directions fitted on other prompts, for 90 % of patching",
+        ("deployable", "with coefficients predicted from the base, for 90 % of patching",
          lambda v: at(v, "causal", "rank", "k90", "deployable")),
-        ("oracle", "directions of the test displacement itself, for 90 % of patching",
+        ("oracle", "with each token's true coefficients, for 90 % of patching",
          lambda v: at(v, "causal", "rank", "k90", "oracle")))),
     "k50": ("k₅₀", (
-        ("deployable", "directions fitted on other prompts, for half of patching",
+        ("deployable", "with coefficients predicted from the base, for half of patching",
          lambda v: at(v, "causal", "rank", "k50", "deployable")),
-        ("oracle", "directions of the test displacement itself, for half of patching",
+        ("oracle", "with each token's true coefficients, for half of patching",
          lambda v: at(v, "causal", "rank", "k50", "oracle")))),
     "participation": ("participation ratio", (
         ("ΔH", "of its singular values, at the chosen site",
