@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsteer.config import PipelineConfig, nulls_of
-from dsteer.errors import DsteerError, StudyError
 from dsteer.parallel import join
 from dsteer.pipeline import Step, make_plan, run_pipeline
 from dsteer.progress import Reporter
-from dsteer.sharing import Variant, prepare
+from dsteer.sharing import Variant, prepare, raise_failures
 from dsteer.stages import BY_NAME, NULLS_FOLDER, planned
 from dsteer.store import Json, Run
 
@@ -93,15 +92,7 @@ def run_with_nulls(
         force=force,
         reporter=reporter,
     )
-    for failure in failures.values():
-        if not isinstance(failure, DsteerError):
-            raise failure
-    if failures:
-        words = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
-        raise StudyError(
-            f"{len(failures)} of {len(config.nulls)} nulls failed ({words}); what is complete "
-            "stays, and the same command tries again"
-        )
+    raise_failures(failures, len(config.nulls), "nulls")
     return summary
 
 

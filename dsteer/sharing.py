@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsteer.config import PipelineConfig, as_yaml
+from dsteer.errors import DsteerError, StudyError
 from dsteer.pipeline import identify_stages
 from dsteer.store import Json, Run, StageFolder, atomic_path, hash_json
 
@@ -37,6 +38,23 @@ class Variant:
     name: str
     config: PipelineConfig
     run: Run
+
+
+def raise_failures(failures: Mapping[str, Exception], total: int, kind: str) -> None:
+    """Tell what failed of a family after all else was done; a bug is raised as it is.
+
+    Raises:
+        StudyError: members failed by what a user can mend.
+    """
+    for failure in failures.values():
+        if not isinstance(failure, DsteerError):
+            raise failure
+    if failures:
+        words = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
+        raise StudyError(
+            f"{len(failures)} of {total} {kind} failed ({words}); what is complete stays, and the "
+            "same command tries again"
+        )
 
 
 def prepare(variant: Variant, done: Sequence[Variant], force: str | None = None) -> str:

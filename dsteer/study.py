@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dsteer.config import PipelineConfig, resolved, variants_of
-from dsteer.errors import ConfigError, DsteerError, StudyError
+from dsteer.errors import ConfigError
 from dsteer.nulls import run_with_nulls
 from dsteer.parallel import join
 from dsteer.pipeline import Step, complete_stages, make_plan, manifest_head, require_inputs
 from dsteer.progress import Reporter
-from dsteer.sharing import Variant, prepare
+from dsteer.sharing import Variant, prepare, raise_failures
 from dsteer.spread import spread
 from dsteer.store import (
     Json,
@@ -144,15 +144,7 @@ def _lead(
                 done.append(variant)
         again = force == COMPARISON
         summary = _compare(config, run, failures, overrides, reporter, again=again)
-    for failure in failures.values():
-        if not isinstance(failure, DsteerError):
-            raise failure
-    if failures:
-        words = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
-        raise StudyError(
-            f"{len(failures)} of {len(config.variants)} variants failed ({words}); what is "
-            "complete stays, and the same command tries again"
-        )
+    raise_failures(failures, len(config.variants), "variants")
     return summary
 
 

@@ -26,7 +26,7 @@ from dsteer.data.types import PreferencePair
 from dsteer.geometry.intervals import Interval, bootstrap_ratio
 from dsteer.geometry.logits import NOTHING
 from dsteer.models.load import Model
-from dsteer.models.pair import ModelPair
+from dsteer.models.pair import ModelPair, Which
 from dsteer.models.readout import Readout
 from dsteer.progress import Reporter
 from dsteer.steering.arms import Steering, steered_states
@@ -165,12 +165,8 @@ class Bench:
         acts = extract(
             self.pair, answers.texts, sites=self.sites, position="all", reporter=self.reporter
         )
-        states = []
-        for item, stop in zip(answers.texts, acts.offsets[1:], strict=True):
-            length = len(item.ids) - item.prompt_length
-            states.append(acts.tuned.rows(FINAL_NORM, stop - 1 - length, stop - 1))
         with self.pair.using("tuned") as model:
-            target = Predictions(tuple(states), Readout.of(model, vocabulary=self.pair.vocabulary))
+            target = predicted(acts, "tuned", Readout.of(model, vocabulary=self.pair.vocabulary))
         with self.pair.using("base") as model:
             width = acts.tuned[FINAL_NORM].shape[1]
             plain = score_states(
@@ -236,6 +232,16 @@ class Bench:
             confidence=self.config.confidence,
             seed=self.seed,
         )
+
+
+def predicted(acts: PairedActivations, which: Which, readout: Readout) -> Predictions:
+    """A model's predictions of the answers' tokens, from its stored states of every token."""
+    states = acts.base if which == "base" else acts.tuned
+    found = []
+    for item, stop in zip(acts.encoded, acts.offsets[1:], strict=True):
+        length = len(item.ids) - item.prompt_length
+        found.append(states.rows(FINAL_NORM, stop - 1 - length, stop - 1))
+    return Predictions(tuple(found), readout)
 
 
 def kl_of(scores: Scores, tokens: Tokens) -> Float[Tensor, "a n"]:

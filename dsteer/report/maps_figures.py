@@ -23,9 +23,7 @@ from dsteer.report.style import (
     Mark,
 )
 from dsteer.report.values import (
-    FINAL_NORM,
     at,
-    block,
     estimate,
     interval,
     is_undefined,
@@ -33,6 +31,7 @@ from dsteer.report.values import (
     mapping,
     plural,
     point,
+    short_site,
     site_order,
 )
 from dsteer.store import Json, read_tensors
@@ -64,7 +63,7 @@ def nested_maps(result: dict[str, Json], _folder: Path) -> Drawing | None:
         _line(row[0], values, mark)
     row[0].axhline(0, color=GREY, ls=":", lw=0.8)
     row[0].set_ylim(bottom=max(_FLOOR, min(row[0].get_ylim()[0], -0.05)))
-    row[0].set_xticks(range(len(names)), [_short(site) for site in names],
+    row[0].set_xticks(range(len(names)), [short_site(site) for site in names],
                       rotation=90 if len(names) > 12 else 0)  # fmt: skip
     row[0].set_xlabel("site (resid_post.k; then final_norm)")
     row[0].set_ylabel("R² of the displacement")
@@ -83,11 +82,6 @@ def nested_maps(result: dict[str, Json], _folder: Path) -> Drawing | None:
         f"{interval(at(sites, first, 'gap'))} of R²). Bars are intervals."
     )
     return Drawing("maps", figure, data)
-
-
-def _short(site: str) -> str:
-    k = block(site)
-    return str(k) if k is not None else "norm" if site == FINAL_NORM else site
 
 
 def _line(axes: Axes, values: Sequence[Json], mark: Mark) -> None:

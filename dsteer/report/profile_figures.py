@@ -21,15 +21,14 @@ from dsteer.report.style import (
     Mark,
 )
 from dsteer.report.values import (
-    FINAL_NORM,
     at,
-    block,
     estimate,
     interval,
     items,
     mapping,
     plural,
     point,
+    short_site,
     site_order,
 )
 from dsteer.store import Json
@@ -61,7 +60,7 @@ def layer_profile(result: dict[str, Json], _folder: Path) -> Drawing | None:
         }
         grid[0][column].set_title(f"{words_of(tokens)} changed")
         grid[2][column].set_xticks(
-            range(len(sites)), [_short(site) for site in sites],
+            range(len(sites)), [short_site(site) for site in sites],
             rotation=90 if len(sites) > 12 else 0,
         )  # fmt: skip
         grid[2][column].set_xlabel("site (resid_post.k; then final_norm)")
@@ -73,11 +72,6 @@ def layer_profile(result: dict[str, Json], _folder: Path) -> Drawing | None:
     figure.legend(handles, labels, loc="outside lower center", ncols=2, columnspacing=1.4)
     data["caption"] = _caption(result)
     return Drawing("profile", figure, data)
-
-
-def _short(site: str) -> str:
-    k = block(site)
-    return str(k) if k is not None else "norm" if site == FINAL_NORM else site
 
 
 def _panel(axes: Axes, found: Sequence[Json], metric: str, floor: float | None) -> dict[str, Json]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dsteer.report.profile_tables import band
 from dsteer.report.tables import Column, Table
 from dsteer.report.values import (
     DASH,
@@ -10,7 +11,6 @@ from dsteer.report.values import (
     interval,
     items,
     mapping,
-    number,
     plain,
     point,
 )
@@ -80,7 +80,6 @@ def _curves(site: str, found: dict[str, Json]) -> list[list[str]]:
     random = [None, *items(found.get("random"))]
     rows = []
     for number_, k in enumerate([0, *ks] if ks else []):
-        band = at(random, number_)
         rows.append(
             [
                 site,
@@ -88,10 +87,7 @@ def _curves(site: str, found: dict[str, Json]) -> list[list[str]]:
                 interval(at(singular, number_ - 1)) if k else DASH,
                 interval(at(greedy, number_ - 1)) if k and number_ <= len(greedy) else DASH,
                 interval(at(deployable, number_)),
-                DASH
-                if band is None
-                else f"{number(point(band['median']))} [{number(point(band['low']))}, "
-                f"{number(point(band['high']))}]",
+                band(at(random, number_)),
             ]
         )
     if ks:

@@ -48,6 +48,12 @@ def block(site: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def short_site(site: str) -> str:
+    """The tick of a site: k of a block, ``norm``, else its name."""
+    k = block(site)
+    return str(k) if k is not None else "norm" if site == FINAL_NORM else site
+
+
 def site_order(sites: Iterable[str]) -> list[str]:
     """Sites by depth: the blocks in order, then all others, ``final_norm`` last."""
 

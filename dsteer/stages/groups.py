@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dsteer.activations.extract import PairedActivations
 from dsteer.activations.sites import FINAL_NORM
-from dsteer.behaviour.edited import Bench, Place, Split, json_of, kl_of, places
-from dsteer.behaviour.teacher_forced import Predictions, Scores
+from dsteer.behaviour.edited import Bench, Place, Split, json_of, kl_of, places, predicted
+from dsteer.behaviour.teacher_forced import Scores
 from dsteer.config import GroupsConfig
 from dsteer.data.jsonl import read_pairs
 from dsteer.data.types import PreferencePair
@@ -266,12 +266,9 @@ class _Study:
 
     def _reversed(self, split: Split, readout: Readout) -> Split:
         """The same texts, the other model's predictions the target, and the states swapped."""
-        states = []
-        for item, stop in zip(split.answers.texts, split.acts.offsets[1:], strict=True):
-            length = len(item.ids) - item.prompt_length
-            states.append(split.acts.base.rows(FINAL_NORM, stop - 1 - length, stop - 1))
+        target = predicted(split.acts, "base", readout)
         acts = replace(split.acts, base=split.acts.tuned, tuned=split.acts.base)
-        return replace(split, acts=acts, target=Predictions(tuple(states), readout))
+        return replace(split, acts=acts, target=target)
 
     def _removal(
         self,
