@@ -29,6 +29,7 @@ from dsteer.geometry.comparison import Halves
 from dsteer.geometry.inference import (
     fieller,
     holm,
+    least_count,
     paired_difference,
     paired_sign_flip,
     permutation_test,
@@ -49,6 +50,14 @@ from dsteer.geometry.intervals import (
 )
 from dsteer.geometry.logits import kl_recovery
 from dsteer.geometry.preference import other_pairs, pairwise_cosines
+from dsteer.geometry.sums import (
+    ClusterSums,
+    bucket_of,
+    held_out_from_sums,
+    in_sample_from_sums,
+    shares_from_sums,
+    strength_from_sums,
+)
 from dsteer.geometry.template import Cells, four_way
 from dsteer.steering.calibrate import percentile_interval
 
@@ -258,6 +267,60 @@ def cosines(count: int) -> Iterator[Coverage]:
             }
 
         yield Coverage("cosine", f"shift {shift} in noise, d = 16", count, measure)
+
+
+def sums(count: int) -> Iterator[Coverage]:
+    """What ``store: moments`` measures: sums of at most 64 buckets in place of rows."""
+    vector = np.linspace(-1, 1, WIDTH)
+
+    def summed(rng: np.random.Generator) -> ClusterSums:
+        keys = conversations(rng, count)
+        names = rng.integers(2**62, size=count)  # so that buckets differ between simulations
+        buckets = [bucket_of(str(names[key])) for key in keys]
+        found = ClusterSums(WIDTH)
+        found.update(shifted(rng, keys), buckets)
+        return found
+
+    def measure(rng: np.random.Generator, seed: int) -> Found:
+        fit, test = summed(rng), summed(rng)
+        share = shares_from_sums(fit)
+        return {
+            "least-squares λ of sums (strength_from_sums)": strength_from_sums(
+                test, vector, seed=seed
+            ),
+            "held-out cosine of sums (held_out_from_sums)": held_out_from_sums(
+                fit, test, seed=seed
+            ),
+            "in-sample cosine of sums (in_sample_from_sums)": in_sample_from_sums(fit, seed=seed),
+            "shared share m of sums (shares_from_sums)": share.plain,
+            "shared share of sums, debiased (shares_from_sums)": share.debiased,
+        }
+
+    truth = {"least-squares λ of sums (strength_from_sums)": 1.0}
+    yield Coverage("sums", "shift 1.0 in noise, d = 16, in buckets", count, measure, truth)
+
+
+def least_counts(count: int) -> Iterator[Coverage]:
+    """The least number of directions that recovers a share: k₅₀ and k₉₀ of the stage ``rank``."""
+    grid = (1, 2, 3, 4, 6, 8, 12, 16)
+    left = 0.62 ** np.array(grid)  # of the gain: 0.62, 0.38, 0.24, 0.15, 0.06 …
+
+    def measure(rng: np.random.Generator, seed: int) -> Found:
+        keys = conversations(rng, count)
+        whole = np.exp(0.5 * numbers(rng, keys, "normal"))
+        spread = np.stack([numbers(rng, keys, "normal") for _ in grid])
+        gains = whole * (1 - left[:, None] * (1 + 0.5 * spread))
+        found = {}
+        for name, share in (("k₅₀", 0.5), ("k₉₀", 0.9)):
+            least = least_count(gains, whole, grid, share, keys.tolist(), seed=seed)
+            ends = () if least is None else (least.value, least.low, least.high)
+            found[f"{name} (least_count)"] = Interval(
+                *(math.inf if end is None else float(end) for end in ends), len(keys)
+            )
+        return dict(found)
+
+    truth = {"k₅₀ (least_count)": 2.0, "k₉₀ (least_count)": 6.0}
+    yield Coverage("count", "gains of a grid of counts, unevenly shared", count, measure, truth)
 
 
 def spectra(count: int) -> Iterator[Coverage]:
@@ -500,10 +563,12 @@ FAMILIES: dict[str, tuple[Callable[[int], Iterator[Coverage | Size]], tuple[int,
     "share": (shares, SIZES),
     "mean": (means, SIZES),
     "cosine": (cosines, SIZES[1:]),
+    "sums": (sums, SIZES[1:]),
     "spectrum": (spectra, SIZES[1:]),
     "agreement": (agreements, SIZES[1:]),
     "template": (templates, SIZES[1:]),
     "recovery": (recovery, SIZES[1:3]),
+    "count": (least_counts, SIZES[1:]),
     "crossing": (crossings, SIZES[1:]),
     "budget": (budgets, SIZES[1:]),
     "test": (sizes_of_tests, SIZES[1:]),

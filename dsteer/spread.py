@@ -52,7 +52,11 @@ def spread(variants: Sequence[Variant], jobs: int, until: str | None, reporter: 
 
 
 def _share_first(variants: Sequence[Variant], until: str | None, reporter: Reporter) -> None:
-    """Run the leading stages that several variants have in common, each once, and hand them on."""
+    """Run the stages that several variants have in common, each once, and hand them on.
+
+    What a shared stage reads is shared too, as its fingerprint holds theirs: such stages can be run
+    alone, in order, whatever of the variant lies between them.
+    """
     prints = {
         variant.name: {
             name: hash_json(identity)
@@ -64,19 +68,18 @@ def _share_first(variants: Sequence[Variant], until: str | None, reporter: Repor
     done: list[Variant] = []
     for variant in variants:
         text = prepare(variant, done)
-        last = None
         for name, print_ in prints[variant.name].items():
-            if counts[print_] < 2:
-                break
-            last = name
+            if counts[print_] > 1 and variant.run.stage(name).state(print_) != "complete":
+                reporter.line(f"variant {variant.name}: {name}, which others share")
+                try:
+                    run_pipeline(
+                        variant.config, text, variant.run.path, only=name, reporter=reporter
+                    )
+                except Exception as error:  # noqa: BLE001  # the ordinary pass tells it
+                    reporter.line(f"variant {variant.name} stopped: {error}")
+                    break
             if name == until:
                 break
-        if last is not None:
-            reporter.line(f"variant {variant.name}: what others share, up to {last}")
-            try:
-                run_pipeline(variant.config, text, variant.run.path, until=last, reporter=reporter)
-            except Exception as error:  # noqa: BLE001  # the ordinary pass tells it
-                reporter.line(f"variant {variant.name} stopped: {error}")
         done.append(variant)
 
 

@@ -58,6 +58,24 @@ def test_the_same_bytes_what_is_shared_once_and_a_failure_loses_no_other(
     assert bases[0] == bases[1], "the record of one training, taken over"
 
 
+def test_what_is_shared_behind_what_is_not_is_done_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base with texts of its own does not read the variants' data, which differ."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    text = YAML.replace(
+        "  steps: 3\n", "  steps: 3\n  texts: {format: synthetic, conversations: 40}\n"
+    )
+    text = text.replace("slow: {dpo.learning_rate: 1.0e-3}", "few: {data.splits.fit: 12}")
+    text = text.replace("fast: {dpo.learning_rate: 2.0e-3}", "fewer: {data.splits.fit: 10}")
+    run_study(read_pipeline(text), text, tmp_path / "run", until="base", jobs=2, reporter=SILENT)
+    records = [
+        read_json(tmp_path / "run" / "variants" / name / "base" / "stage.json")
+        for name in ("few", "fewer")
+    ]
+    assert records[0] == records[1], "the record of one training, taken over"
+
+
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--jobs 2 does not go with --force"):
         run_study(read_pipeline(YAML), YAML, tmp_path, jobs=2, force="vector", reporter=SILENT)

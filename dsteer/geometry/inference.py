@@ -31,6 +31,7 @@ from dsteer.geometry.intervals import (
     Interval,
     bootstrap_mean,
     bootstrap_ratio,
+    bootstrap_sums,
     cluster_sums,
 )
 
@@ -319,6 +320,92 @@ def fieller(
     else:
         why += "no ratio can be excluded"
     return RatioEffect(Interval(value, None, None, n), why)
+
+
+@dataclass(frozen=True)
+class LeastCount:
+    """The least of some counts at which a share is reached.
+
+    Attributes:
+        value: on the rows as they are; None where no count reaches it.
+        low: lower end; None where no count reaches it there either, or one conversation leaves
+            nothing to vary.
+        high: upper end, likewise: beyond the largest count, where there is a lower one.
+        resampled: whether the ends were drawn.
+    """
+
+    value: int | None
+    low: int | None
+    high: int | None
+    resampled: bool
+
+    def json(self) -> dict[str, int | bool | None]:
+        """``{"value", "low", "high", "resampled"}``."""
+        return {
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "resampled": self.resampled,
+        }
+
+
+def least_count(
+    gains: Float[Tensor, "k n"] | Float[np.ndarray, "k n"],
+    whole: Float[Tensor, " n"] | Float[np.ndarray, " n"],
+    counts: Sequence[int],
+    share: float,
+    clusters: Clusters = None,
+    *,
+    draws: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> LeastCount | None:
+    """The least k with Σ gains_k ≥ share · Σ whole, bootstrap over conversations.
+
+    Its ends are counts that were measured, so the interval holds the true one in at least the
+    share of cases that is asked for, mostly in more.
+
+    Args:
+        gains: what each count gains on each row.
+        whole: what the whole change gains on each row.
+        counts: the counts, ascending.
+        share: of the whole gain.
+        clusters: conversation of each row.
+        draws: resamples.
+        confidence: coverage asked for.
+        seed: of the resamples.
+
+    Returns:
+        None where the whole change gains nothing.
+
+    Raises:
+        MeasurementError: not one cluster key a row, or numbers that are not finite.
+    """
+    rows = np.column_stack([_finite(whole, "whole"), *(_finite(each, "gains") for each in gains)])
+    total = rows.sum(axis=0)
+    if total[0] <= 0:
+        return None
+    steps = np.asarray(counts, float)
+    value = _least(total[None], share, steps)[0]
+    sums = cluster_sums(rows, clusters)
+    if len(sums) < 2:
+        return LeastCount(_count(value), None, None, resampled=False)
+    found = _least(bootstrap_sums(sums, draws, seed), share, steps)
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(found, tails, method="inverted_cdf")
+    return LeastCount(_count(value), _count(low), _count(high), resampled=True)
+
+
+def _least(
+    totals: Float[np.ndarray, "b m"], share: float, steps: Float[np.ndarray, " k"]
+) -> Float[np.ndarray, " b"]:
+    """The least step whose number reaches a share of the row's first; ∞ where none does."""
+    hits = (totals[:, 1:] >= share * totals[:, :1]) & (totals[:, :1] > 0)
+    return np.where(hits.any(axis=1), steps[hits.argmax(axis=1)], np.inf)
+
+
+def _count(k: float) -> int | None:
+    return int(k) if math.isfinite(k) else None
 
 
 def split_half_reliability(

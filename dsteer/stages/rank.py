@@ -17,7 +17,7 @@ from torch import Tensor
 from dsteer.activations.sites import FINAL_NORM
 from dsteer.behaviour.edited import Bench, Place, Split, json_of, places, rows_of
 from dsteer.config import RankConfig
-from dsteer.geometry.intervals import bootstrap_sums, cluster_sums
+from dsteer.geometry.inference import least_count
 from dsteer.geometry.subspaces import (
     PENALTIES,
     Coefficients,
@@ -264,38 +264,19 @@ class _Rank:
             }
         return reached
 
-    # ------------------------------------------------------------------ the least k
-
     def _reached(
         self, gains: Float[Tensor, "k m"], whole: Float[Tensor, " m"], ks: Sequence[int]
     ) -> dict[str, Json]:
-        """The least k that recovers a share of what patching does, bootstrap over conversations."""
-        split, config = self.splits["test"], self.config
-        rows = torch.cat([whole[None], gains]).T.numpy()
-        sums = cluster_sums(rows, split.answers.clusters)
-        total = rows.sum(axis=0)
-        found: dict[str, Json] = {}
-        for name, share in SHARES.items():
-            if total[0] <= 0:
-                found[name] = None
-                continue
-            value = _first(total[1:] >= share * total[0], ks)
-            low: int | None = None
-            high: int | None = None
-            if len(sums) > 1:
-                drawn = bootstrap_sums(sums, config.bootstrap, self.bench.seed)
-                hits = (drawn[:, 1:] >= share * drawn[:, :1]) & (drawn[:, :1] > 0)
-                least = np.where(
-                    hits.any(axis=1), np.asarray(ks, float)[hits.argmax(axis=1)], np.inf
-                )
-                ends = np.quantile(
-                    least,
-                    [(1 - config.confidence) / 2, (1 + config.confidence) / 2],
-                    method="inverted_cdf",
-                )
-                low, high = _finite(ends[0]), _finite(ends[1])
-            found[name] = {"value": value, "low": low, "high": high, "resampled": len(sums) > 1}
-        return found
+        """The least k that recovers a share of what patching does."""
+        clusters = self.splits["test"].answers.clusters
+        options = {"draws": self.config.bootstrap, "seed": self.bench.seed}
+        found = {
+            name: least_count(
+                gains, whole, ks, share, clusters, confidence=self.config.confidence, **options
+            )
+            for name, share in SHARES.items()
+        }
+        return {name: None if count is None else count.json() for name, count in found.items()}
 
     def _tell(self, n: int, width: int, found: Coefficients) -> None:
         site, tokens = self.place.site, self.place.tokens

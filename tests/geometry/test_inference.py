@@ -13,9 +13,11 @@ from scipy import stats
 from dsteer.errors import MeasurementError
 from dsteer.geometry.comparison import Halves, spearman_brown
 from dsteer.geometry.inference import (
+    LeastCount,
     PValue,
     fieller,
     holm,
+    least_count,
     paired_difference,
     paired_sign_flip,
     permutation_test,
@@ -204,6 +206,7 @@ def test_fieller_says_when_nothing_bounds_the_ratio() -> None:
         lambda bad: sign_test(bad),
         lambda bad: ratio_effect(np.ones(2), bad),
         lambda bad: fieller(bad, np.ones(2)),
+        lambda bad: least_count(bad[None], np.ones(2), (1,), 0.5),
     ],
 )
 def test_numbers_that_are_not_finite_are_refused(attempt) -> None:
@@ -230,3 +233,24 @@ def test_spearman_brown_by_hand() -> None:
     assert found.half is not None
     assert found.full is not None
     assert found.full.value == pytest.approx(2 * found.half.value / (1 + found.half.value))
+
+
+def test_the_least_count_by_hand() -> None:
+    gains = np.array([[1.0, 0.0, 1.0, 0.0], [2.0, 2.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
+    whole, keys = np.full(4, 2.0), ["a", "b", "c", "d"]  # Σ whole = 8; Σ gains = 2, 6, 8
+    assert least_count(gains, whole, (1, 2, 4), 0.25, keys).value == 1
+    assert least_count(gains, whole, (1, 2, 4), 0.5, keys).value == 2
+    assert least_count(gains, whole, (1, 2, 4), 0.9, keys).value == 4
+    assert least_count(gains[:2], whole, (1, 2), 0.9, keys).value is None
+    assert least_count(gains, -whole, (1, 2, 4), 0.5, keys) is None
+    assert least_count(gains, whole, (1, 2, 4), 0.5, ["a"] * 4) == LeastCount(2, None, None, False)
+
+
+def test_the_least_count_is_resampled_by_conversation() -> None:
+    """Two conversations: half of the resamples hold both, a quarter one of them twice."""
+    gains = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    found = least_count(gains, np.ones(3), (1, 3), 0.9, ["a", "a", "b"], draws=4000)
+    assert (found.value, found.low, found.high, found.resampled) == (3, 1, 3, True)
+    # beyond the largest count where many resamples reach the share with none
+    found = least_count(gains[:1], np.ones(3), (1,), 0.6, ["a", "a", "b"], draws=4000)
+    assert (found.value, found.low, found.high) == (1, 1, None)
