@@ -4,7 +4,7 @@
     python docs/headline.py --check    fail where it is not what the results say
 
 One row a run whose pair was trained in it (``results/*/dpo``), or that has nulls, and one a null.
-Stages that were not run, and what is undefined, are –.
+Stages that were not run, and what is undefined, are –; a null that has no number is told in words.
 """
 
 from __future__ import annotations
@@ -156,11 +156,16 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def block(results: Path) -> str:
     """The README's block, without its markers."""
-    found = runs(results)
-    rows, graded = [], []
-    for run in found:
+    rows, graded, empty = [], [], []
+    for run in runs(results):
         rows.append(numbers(run, f"`{run.name}`"))
-        rows += [numbers(null, f"{run.name}'s null {null.name}") for null in run.nulls()]
+        for null in run.nulls():
+            label = f"{run.name}'s null {null.name}"
+            cells = numbers(null, label)
+            if set(cells[1:]) == {NONE}:
+                empty.append(label)
+            else:
+                rows.append(cells)
         graded += [
             (label, *(told.get(name, NONE) for name in CLAIMS)) for label, told in verdicts(run)
         ]
@@ -169,6 +174,8 @@ def block(results: Path) -> str:
         "numbers on test prompts):",
         table(COLUMNS, rows),
     ]
+    if empty:
+        parts.append(f"Nothing to measure in {', '.join(empty)}.")
     if graded:
         parts += [
             "And what may be claimed (the rules and their numbers are in each report):",

@@ -100,6 +100,10 @@ def test_only_trained_pairs_and_undefined_is_no_number(headline: Any, tmp_path: 
     assert "control" not in found
     assert "| `trained` | – | – | – | – | – | – | – | – | – |" in found
     assert "claimed" not in found  # no stage claims, no second table
+    put(tmp_path / "trained" / "nulls" / "self", vector={"kl_recovery": None})
+    found = headline.block(tmp_path)
+    assert "| trained's null self" not in found
+    assert "Nothing to measure in trained's null self." in found
 
 
 def test_a_block_that_differs_is_found(headline: Any, tmp_path: Path) -> None:
