@@ -11,9 +11,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TextIO
 
@@ -84,12 +86,21 @@ def _share_first(variants: Sequence[Variant], until: str | None, reporter: Repor
 
 
 def _begin(threads: int) -> None:
-    """A worker ends with its parent's Ctrl-C in silence, and has its share of the threads."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """A worker has its share of the threads, and ends with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C in silence
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
     torch.set_num_threads(threads)
+
+
+def _end_with(sentinel: int) -> None:
+    """Leave at once when the parent is gone: the same command, given again, must find no writer."""
+    wait([sentinel])
+    os._exit(1)
 
 
 class _Named:
