@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self, cast, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -49,6 +50,12 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 """What runs and variants may be called: their folders have these names."""
 
 
+def _site(value: str) -> str:
+    if not re.fullmatch(SITE, value):
+        raise ValueError(f"{value!r} is no site: expected resid_post.K, final_norm or encoder")
+    return value
+
+
 def _auto_or_site(value: str) -> str:
     if not re.fullmatch(f"auto|{SITE}", value):
         raise ValueError(
@@ -57,10 +64,17 @@ def _auto_or_site(value: str) -> str:
     return value
 
 
+Site = Annotated[str, AfterValidator(_site)]
+Places = Annotated[tuple[Annotated[str, AfterValidator(_auto_or_site)], ...], Field(min_length=1)]
+"""Sites of a stage, ``auto`` among them."""
+
+
 class Section(BaseModel):
     """A part of a pipeline: immutable, and strict about its keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 # ---------------------------------------------------------------------------------- data
@@ -340,6 +354,10 @@ class LoraConfig(Section):
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
 
 
+SMOOTHED = ("sigmoid", "robust", "exo_pair")
+"""The losses of DPO that ``label_smoothing`` changes; of the other methods, simpo and cpo."""
+
+
 class DpoConfig(Section):
     """Preference training through TRL, on the training split."""
 
@@ -390,6 +408,29 @@ class DpoConfig(Section):
     eval_pairs: PositiveInt = Field(128, description="Pairs of the tune split for the curve.")
     checkpoint_every: PositiveInt = 100
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _method_has_these(self) -> Self:
+        if self.method != "dpo" and self.loss_type != "sigmoid":
+            raise ValueError(
+                f"loss_type {self.loss_type} is a loss of method: dpo, not of method: "
+                f"{self.method}; drop one of them"
+            )
+        smoothed = self.method in {"simpo", "cpo"} or (
+            self.method == "dpo" and self.loss_type in SMOOTHED
+        )
+        if self.label_smoothing and not smoothed:
+            loss = self.loss_type if self.method == "dpo" else self.method
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing} changes nothing in the loss {loss}; "
+                f"set it to 0, or choose one of {', '.join(SMOOTHED)}, simpo, cpo"
+            )
+        if self.loss_type == "robust" and not self.label_smoothing:
+            raise ValueError(
+                "label_smoothing 0 makes the loss robust that of plain DPO; set the share of "
+                "labels that may be swapped, such as 0.1"
+            )
+        return self
 
 
 # ---------------------------------------------------------------------------------- measuring
@@ -464,8 +505,9 @@ class CosineConfig(Section):
     bootstrap: PositiveInt = 1000
     confidence: float = Field(0.95, gt=0.5, lt=1)
     null_draws: PositiveInt = Field(
-        200,
-        description="Sign-flipped refits that make the null; 200 at most with store: moments.",
+        1000,
+        description="Sign-flipped refits that make the null, enough for a p-value after Holm over "
+        "50 sites; 200 at most with store: moments.",
     )
 
 
@@ -965,11 +1007,12 @@ EditedTokens = Literal["prompt_last", "all", "generated"]
 class ProfileConfig(EditedConfig):
     """Causal layer profile: patch the tuned state in, add v*, add random directions, by site."""
 
-    sites: Literal["all"] | tuple[str, ...] = Field(
+    sites: Literal["all"] | Annotated[tuple[Site, ...], Field(min_length=1)] = Field(
         "all", description="all, or names such as resid_post.3 and final_norm."
     )
     tokens: tuple[EditedTokens, ...] = Field(
         ("prompt_last", "all"),
+        min_length=1,
         description="Tokens whose states are changed: each gives a profile of its own.",
     )
     random_directions: int = Field(20, ge=20, description="Norm-matched random directions.")
@@ -979,7 +1022,7 @@ class ProfileConfig(EditedConfig):
 class RankConfig(EditedConfig):
     """KL recovered against the number k of directions: oracle, deployable and random."""
 
-    sites: tuple[str, ...] = Field(
+    sites: Places = Field(
         ("auto",), description="auto: where v* recovers most KL on tune; or names of sites."
     )
     tokens: EditedTokens | Literal["auto"] = Field(
@@ -993,10 +1036,10 @@ class RankConfig(EditedConfig):
 class MapsConfig(EditedConfig):
     """Nested maps from base to tuned states: scale, translation, both, reduced-rank, ridge."""
 
-    sites: Literal["all"] | tuple[str, ...] = Field(
+    sites: Literal["all"] | Annotated[tuple[Site, ...], Field(min_length=1)] = Field(
         "all", description="Sites whose R² is measured on the run's own states."
     )
-    kl_sites: tuple[str, ...] = Field(
+    kl_sites: Places = Field(
         ("auto", "final_norm"), description="Sites at which each map's KL is measured too."
     )
     tokens: EditedTokens | Literal["auto"] = "auto"
@@ -1013,7 +1056,7 @@ class MapsConfig(EditedConfig):
 class StrengthConfig(EditedConfig):
     """The best strength of v*: least squares, least KL, each prompt's own; and their regret."""
 
-    sites: tuple[str, ...] = ("auto", "final_norm")
+    sites: Places = ("auto", "final_norm")
     tokens: EditedTokens | Literal["auto"] = "auto"
     strengths: tuple[float, ...] = Field(
         tuple(round(0.125 * i, 3) for i in range(25)), description="The grid of λ."
@@ -1032,7 +1075,7 @@ class GroupsConfig(EditedConfig):
 
     by: str = Field("axes", description="The tag of a pair that names its group; or `source`.")
     pairs: PositiveInt = Field(64, description="Test pairs of each group that are measured.")
-    sites: tuple[str, ...] = ("auto", "final_norm")
+    sites: Places = ("auto", "final_norm")
     tokens: EditedTokens | Literal["auto"] = "auto"
     random_directions: PositiveInt = Field(
         20, description="Directions that move states as far as the removal does: the null."
@@ -1061,8 +1104,8 @@ class ClaimsConfig(Section):
     )
     suffices: float = Field(
         0.8, gt=0, le=1,
-        description="One constant vector suffices: it recovers at least this share of what "
-        "patching the tuned states recovers.",
+        description="One constant vector suffices: it recovers at least this share of the KL over "
+        "whole answers.",
     )  # fmt: skip
     reversed_share: float = Field(
         0.8, gt=0, le=1, description="Reversible: inversion recovers at least this share of KL."
@@ -1081,7 +1124,7 @@ class ReportConfig(Section):
 NULLS: Mapping[str, Mapping[str, Any]] = {
     "coin_flip": {"dpo.labels": "coin_flip"},
     "swapped": {"dpo.labels": "swapped"},
-    "sft": {"dpo.loss_type": "sft"},
+    "sft": {"dpo.method": "dpo", "dpo.loss_type": "sft", "dpo.label_smoothing": 0.0},
     "second_seed": {"dpo.seed": 1},
     "lora": {"dpo.lora": {"rank": 4}},
     "self": {
@@ -1315,7 +1358,25 @@ def _null(config: PipelineConfig, name: str) -> tuple[PipelineConfig | None, lis
     if trained and config.dpo is None:
         return None, [f"{trained[0]}: the pipeline trains no tuned model (no dpo section)"]
     own = {"name", "nulls", "variants", "comparison", "data", "seed"}
-    return _changed(raw, changes, own, "a null can't change it; it shares it with the pair")
+    why = "a null can't change it; it shares it with the pair"
+    before = dict(raw)
+    null, mistakes = _changed(json.loads(json.dumps(raw)), changes, own, why)
+    if null is None:
+        return None, mistakes
+    after, left_out = resolved(null), {path for path, value in changes.items() if value is None}
+    if all(after[key] == before[key] for key in after if key not in left_out):
+        told = ", ".join(path for path in changes if path not in left_out) or "nothing"
+        return None, [f"it changes nothing: the pair has the same {told}; leave this null out"]
+    defining = {"coin_flip": "dpo.labels", "swapped": "dpo.labels", "sft": "dpo.loss_type"}
+    path = defining.get(name)
+    if path is not None and null.dpo is not None:
+        found = getattr(null.dpo, path.removeprefix("dpo."))
+        if found != name:
+            return None, [
+                f"{path} is {found}, expected {name}, which is what this null is; call it "
+                "something else"
+            ]
+    return null, []
 
 
 def _changed(
@@ -1515,6 +1576,10 @@ def as_yaml(config: PipelineConfig) -> str:
         for key, value in resolved(config).items()
         if not (key in STAGE_SECTIONS and value is None)  # written, it would ask for its defaults
     }
+    texts = (values.get("base") or {}).get("texts")
+    for source in (*values["data"]["sources"], *([texts] if texts else [])):
+        if source.get("switch") is not None:
+            del source["axes"]  # their default; the two exclude each other
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

@@ -12,12 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsteer.config import PipelineConfig, nulls_of
+from dsteer.errors import StudyError
 from dsteer.parallel import join
-from dsteer.pipeline import Step, make_plan, run_pipeline
+from dsteer.pipeline import Step, check_stages, make_plan, run_pipeline
 from dsteer.progress import Reporter
 from dsteer.sharing import Variant, prepare, raise_failures
 from dsteer.stages import BY_NAME, NULLS_FOLDER, planned
 from dsteer.store import Json, Run
+
+
+class NullsError(StudyError):
+    """Nulls failed; the pair is complete, and what needs them is not tested."""
 
 
 def null_runs(config: PipelineConfig, out: Path) -> list[Variant]:
@@ -31,6 +36,20 @@ def null_runs(config: PipelineConfig, out: Path) -> list[Variant]:
 def plan_nulls(config: PipelineConfig, out: Path) -> dict[str, list[Step]]:
     """The plan of each null. What it shares with the pair is planned in it too."""
     return {null.name: make_plan(null.config, null.run) for null in null_runs(config, out)}
+
+
+def nulls_reached(config: PipelineConfig, until: str | None, only: str | None) -> bool:
+    """Whether a run so far goes through its nulls: up to a stage that reads them, or to the end."""
+    if not config.nulls or only is not None:
+        return False
+    return until is None or until not in _before_readers(config)
+
+
+def _before_readers(config: PipelineConfig) -> list[str]:
+    """The stages of the pair that come before its nulls."""
+    names = [stage.name for stage in planned(config)]
+    reader = next((name for name in names if BY_NAME[name].reads_nulls), None)
+    return names if reader is None else names[: names.index(reader)]
 
 
 def run_with_nulls(
@@ -61,16 +80,13 @@ def run_with_nulls(
         reporter: shows progress.
 
     Raises:
-        StudyError: nulls failed by what a user can mend; all else is complete.
+        NullsError: nulls failed by what a user can mend; all else is complete.
         DsteerError: as :func:`dsteer.pipeline.run_pipeline`.
     """
-    names = [stage.name for stage in planned(config)]
-    readers = [name for name in names if BY_NAME[name].reads_nulls]
-    reached = names if until is None or until not in names else names[: names.index(until) + 1]
-    before = names[: names.index(readers[0])] if readers else names
-    wanted = bool(config.nulls) and only is None and (not readers or readers[0] in reached)
+    check_stages(config, until=until, only=only, force=force)
+    before = _before_readers(config)
     failures: dict[str, Exception] = {}
-    if wanted and before:
+    if nulls_reached(config, until, only):
         run_pipeline(
             config,
             yaml_text,
@@ -92,7 +108,7 @@ def run_with_nulls(
         force=force,
         reporter=reporter,
     )
-    raise_failures(failures, len(config.nulls), "nulls")
+    raise_failures(failures, len(config.nulls), "nulls", NullsError)
     return summary
 
 

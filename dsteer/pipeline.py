@@ -156,6 +156,18 @@ def require_local(key: str, path: str) -> None:
         )
 
 
+def check_stages(
+    config: PipelineConfig, *, until: str | None, only: str | None, force: str | None
+) -> None:
+    """Refuse names of stages that there are not.
+
+    Raises:
+        ConfigError: a stage is named that does not exist or that the pipeline does not configure.
+    """
+    for option, name in (("--until", until), ("--only", only), ("--force", force)):
+        _check_stage(option, name, planned(config))
+
+
 def make_plan(
     config: PipelineConfig,
     run: Run,
@@ -170,8 +182,7 @@ def make_plan(
         ConfigError: a stage is named that does not exist or that the pipeline does not configure,
             or a local input is missing.
     """
-    for option, name in (("--until", until), ("--only", only), ("--force", force)):
-        _check_stage(option, name, planned(config))
+    check_stages(config, until=until, only=only, force=force)
     identities = identify_stages(config, run)
     return _decide_all(run, identities, until=until, only=only, force=force)
 

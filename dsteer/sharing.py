@@ -40,18 +40,20 @@ class Variant:
     run: Run
 
 
-def raise_failures(failures: Mapping[str, Exception], total: int, kind: str) -> None:
+def raise_failures(
+    failures: Mapping[str, Exception], total: int, kind: str, error: type[StudyError] = StudyError
+) -> None:
     """Tell what failed of a family after all else was done; a bug is raised as it is.
 
     Raises:
-        StudyError: members failed by what a user can mend.
+        StudyError: members failed by what a user can mend; of the type that is given.
     """
     for failure in failures.values():
         if not isinstance(failure, DsteerError):
             raise failure
     if failures:
         words = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
-        raise StudyError(
+        raise error(
             f"{len(failures)} of {total} {kind} failed ({words}); what is complete stays, and the "
             "same command tries again"
         )
@@ -68,11 +70,20 @@ def prepare(variant: Variant, done: Sequence[Variant], force: str | None = None)
 
 
 def share(variant: Variant, done: Sequence[Variant], force: str | None = None) -> None:
-    """Take from finished variants what this one would do alike, and offer it the base's states."""
+    """Take from finished variants what this one would do alike, and offer it the base's states.
+
+    What it has already is taken again where theirs is of other bytes (done again since, or on
+    another machine), and what rests on it is to be done again: one family has one base.
+    """
+    changed: set[str] = set()
     for name, identity in identify_stages(variant.config, variant.run).items():
         fingerprint = hash_json(identity)
         own = variant.run.stage(name)
-        if name == force or own.state(fingerprint) in {"complete", "partial"}:
+        if changed & identity["upstream"].keys():
+            changed.add(name)
+            own.invalidate()
+        state = own.state(fingerprint)
+        if name == force or state == "partial":
             continue
         for other in done:
             folder = other.run.stage(name)
@@ -80,9 +91,15 @@ def share(variant: Variant, done: Sequence[Variant], force: str | None = None) -
             if record is None or folder.state(record["fingerprint"]) != "complete":
                 continue
             if record["fingerprint"] == fingerprint:
+                if state == "complete":
+                    if (own.record() or {}).get("outputs") == record["outputs"]:
+                        break
+                    changed.add(name)
                 own.clear()
                 _take_over(folder, own)
                 break
+            if state == "complete":
+                continue
             if name == "activations" and _of_base(record["identity"]) == _of_base(identity):
                 _offer_states(other, own, fingerprint)
                 break

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dsteer.config import as_yaml, read_pipeline
+from dsteer.errors import DsteerError
 from dsteer.nulls import run_with_nulls
 from dsteer.pipeline import identify_stages, run_pipeline
 from dsteer.progress import Reporter
@@ -36,8 +37,10 @@ def spread(variants: Sequence[Variant], jobs: int, until: str | None, reporter: 
         until: run so far.
         reporter: tells what happens.
     """
-    _share_first(variants, until, reporter)
-    texts = [(variant.name, as_yaml(variant.config), str(variant.run.path)) for variant in variants]
+    texts = [
+        (variant.name, as_yaml(variant.config), str(variant.run.path))
+        for variant in _share_first(variants, until, reporter)
+    ]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin,
@@ -53,8 +56,13 @@ def spread(variants: Sequence[Variant], jobs: int, until: str | None, reporter: 
             )
 
 
-def _share_first(variants: Sequence[Variant], until: str | None, reporter: Reporter) -> None:
+def _share_first(
+    variants: Sequence[Variant], until: str | None, reporter: Reporter
+) -> list[Variant]:
     """Run the stages that several variants have in common, each once, and hand them on.
+
+    Returns:
+        the variants whose folders are theirs to write.
 
     What a shared stage reads is shared too, as its fingerprint holds theirs: such stages can be run
     alone, in order, whatever of the variant lies between them.
@@ -69,7 +77,11 @@ def _share_first(variants: Sequence[Variant], until: str | None, reporter: Repor
     counts = Counter(print_ for own in prints.values() for print_ in own.values())
     done: list[Variant] = []
     for variant in variants:
-        text = prepare(variant, done)
+        try:
+            text = prepare(variant, done)
+        except DsteerError as error:  # the ordinary pass tells it
+            reporter.line(f"variant {variant.name} stopped: {error}")
+            continue
         for name, print_ in prints[variant.name].items():
             if counts[print_] > 1 and variant.run.stage(name).state(print_) != "complete":
                 reporter.line(f"variant {variant.name}: {name}, which others share")
@@ -83,6 +95,7 @@ def _share_first(variants: Sequence[Variant], until: str | None, reporter: Repor
             if name == until:
                 break
         done.append(variant)
+    return done
 
 
 def _begin(threads: int) -> None:

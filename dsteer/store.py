@@ -336,11 +336,13 @@ class StageFolder:
 
 
 def _is_output(relative: Path) -> bool:
-    """Figures can be redrawn and checkpoints are scaffolding: neither is part of the result."""
+    """Figures can be redrawn, checkpoints are scaffolding, seconds are of one machine and moment:
+    none is part of the result."""
     scaffolding = {"figures", "checkpoints"}
     return not (scaffolding & set(relative.parts)) and relative.name not in {
         "stage.json",
         "partial.json",
+        "timing.json",
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dsteer.config import PipelineConfig, resolved, variants_of
 from dsteer.errors import ConfigError
-from dsteer.nulls import run_with_nulls
+from dsteer.nulls import NullsError, run_with_nulls
 from dsteer.parallel import join
 from dsteer.pipeline import Step, complete_stages, make_plan, manifest_head, require_inputs
 from dsteer.progress import Reporter
@@ -96,8 +96,12 @@ def run_study(
     with ranks.one_fate():
         if ranks.main:
             return _lead(config, yaml_text, Run(out), overrides, until, only, force, jobs, reporter)
+        forced = None if force == COMPARISON else force
         for variant in variants(config, out):
-            run_with_nulls(variant.config, "", variant.run.path, reporter=reporter)
+            run_with_nulls(
+                variant.config, "", variant.run.path, until=until, only=only, force=forced,
+                reporter=reporter,
+            )  # fmt: skip
     return {}
 
 
@@ -117,6 +121,7 @@ def _lead(
     plan_study(config, run.path, until=until, only=only, force=force)
     forced = None if force == COMPARISON else force
     failures: dict[str, Exception] = {}
+    lost: dict[str, Exception] = {}  # nulls of variants that are complete
     done: list[Variant] = []
     with run.lock():
         run.claim(config.name, yaml_text)
@@ -135,6 +140,9 @@ def _lead(
                     relatives=done,
                     reporter=reporter,
                 )
+            except NullsError as error:
+                lost[variant.name] = error
+                done.append(variant)
             except Exception as error:
                 if join().world > 1:
                     raise  # the other processes have heard of it, and end
@@ -144,7 +152,7 @@ def _lead(
                 done.append(variant)
         again = force == COMPARISON
         summary = _compare(config, run, failures, overrides, reporter, again=again)
-    raise_failures(failures, len(config.variants), "variants")
+    raise_failures({**failures, **lost}, len(config.variants), "variants")
     return summary
 
 

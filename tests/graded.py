@@ -37,21 +37,23 @@ def results(
 ) -> dict[str, Any]:
     """Stage → result of one pair."""
     depth = {site: 1 - 0.2 * abs(k - 1) for k, site in enumerate(SITES)}
-    random = {
-        "kl_recovered": {"low": -0.05, "median": 0.0, "high": 0.05},
-        "reward_margin": {"low": -0.1, "median": 0.0, "high": 0.1},
-        "draws": 20,
-        "pairs": 16,
-    }
+
+    def band(half: float, v: float) -> dict[str, float]:
+        return {"low": -half, "median": 0.0, "high": half, "v": v}
 
     def place(site: str) -> dict[str, Any]:
         return {
             "patched": {"kl_recovered": around(patched * depth[site]),
+                        "kl_recovered_answers": around(patched * depth[site]),
                         "reward_margin": around(margin)},
             "v": {"kl_recovered": around(own * depth[site]),
+                  "kl_recovered_answers": around(own * depth[site]),
                   "reward_margin": around(margin * depth[site])},
             "v_here": None,
-            "random": random,
+            "random": {"kl_recovered": band(0.05, own * depth[site]),
+                       "kl_recovered_answers": band(0.05, own * depth[site]),
+                       "reward_margin": band(0.1, margin * depth[site]),
+                       "draws": 20, "pairs": 16},
             "efficiency": around(own / patched),
             "inert": False,
         }  # fmt: skip
@@ -66,13 +68,23 @@ def results(
             "kl_recovered": {
                 "label": "KL recovered",
                 "curves": {"v": [around(own * (1 - (1 - s) ** 2)) for s in STRENGTHS]},
-                "random": {"low": [-0.3] * 5, "high": [0.1] * 5, "mean": [-0.1] * 5},
+                "random": {
+                    "low": [-0.3] * 5,
+                    "high": [0.1] * 5,
+                    "mean": [-0.1] * 5,
+                    "v": [own * (1 - (1 - s) ** 2) for s in STRENGTHS],
+                },
                 "crossing": {"strength": None, "why": "the end of the scale"},
             },
             "reward_margin": {
                 "label": "reward margin",
                 "curves": {"v": [around(margin * s) for s in STRENGTHS]},
-                "random": {"low": [-0.1] * 5, "high": [0.1] * 5, "mean": [0.0] * 5},
+                "random": {
+                    "low": [-0.1] * 5,
+                    "high": [0.1] * 5,
+                    "mean": [0.0] * 5,
+                    "v": [margin * s for s in STRENGTHS],
+                },
                 "crossing": {"strength": around(1.1), "why": None},
             },
         },

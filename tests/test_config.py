@@ -10,15 +10,20 @@ import pytest
 from dsteer.config import (
     ModelsConfig,
     PipelineConfig,
+    as_yaml,
     find_pipeline,
     json_schema,
+    nulls_of,
     read_pipeline,
     resolved,
     select,
     shipped_folder,
     shipped_pipelines,
+    variants_of,
 )
 from dsteer.errors import ConfigError
+
+SHIPPED = Path(__file__).parents[1] / "pipelines"
 
 MINIMAL = "name: x\ndata: {sources: [{format: synthetic}]}\n"
 TRAINED = MINIMAL + "base: {}\ndpo: {}\nactivations: {}\n"
@@ -208,7 +213,7 @@ def test_configs_are_frozen() -> None:
         ("strengths: [-1, 0, .inf]", "finite"),
         ("strengths: [0.5, 1, 2]", "the sham arm"),
         ("stop: ['']", "an empty string"),
-        ("temperature: .inf", "less than inf"),
+        ("temperature: .inf", "finite number"),
         ("{random_directions: 2, random_generations: 3}", "expected no more"),
         ("{baselines: [noise, noise]}", "expected each baseline once"),
         ("{baselines: [silence]}", "'amplify' or 'noise'"),
@@ -289,3 +294,12 @@ def test_mistakes_of_a_transfer(section: str, what: str) -> None:
     with pytest.raises(ConfigError, match=what) as caught:
         read_pipeline(TRAINED + f"vector: {{}}\ntransfer: {section}\n")
     assert "transfer" in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_is_written_reads_back_as_the_same_pipeline(path: Path) -> None:
+    """So that a variant can run in a process of its own, and by its own ``pipeline.yaml``."""
+    whole = read_pipeline(path.read_text("utf-8"))
+    for variant in (whole, *variants_of(whole).values()):
+        for one in (variant, *nulls_of(variant).values()):
+            assert read_pipeline(as_yaml(one)) == one

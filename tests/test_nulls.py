@@ -86,11 +86,24 @@ def test_own_changes_come_on_top_and_other_names_say_what_they_change() -> None:
         ("{x: {seed: 1}}", r"nulls\.x: seed: a null can't change it"),
         ("{x: {data.sources: []}}", r"nulls\.x: data\.sources: a null can't change it"),
         ("{x: {dpo.bta: 1}}", r"nulls\.x: dpo\.bta: unknown key"),
+        (
+            "{coin_flip: {dpo.labels: given}}",
+            r"nulls\.coin_flip: it changes nothing: .* dpo\.labels",
+        ),
+        ("{x: {vector: null}}", r"nulls\.x: it changes nothing"),
+        ("{coin_flip: {dpo.labels: swapped}}", r"dpo\.labels is swapped, expected coin_flip"),
     ],
 )
 def test_mistakes_name_their_null(nulls: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(f"nulls={nulls}")
+
+
+def test_sft_is_a_null_of_every_method() -> None:
+    for method in ("dpo.method=simpo", "dpo.label_smoothing=0.1"):
+        null = nulls_of(config(method, "nulls=[sft]"))["sft"].dpo
+        assert null is not None
+        assert (null.method, null.loss_type, null.label_smoothing) == ("dpo", "sft", 0)
 
 
 def test_nulls_of_training_need_a_training() -> None:
@@ -174,6 +187,47 @@ def test_only_what_reads_nulls_needs_them(tmp_path: Path, stages: Stages) -> Non
     go(tmp_path / "demo", force="vector")
     assert stages.ran.count("demo.vector") == 1
     assert "coin_flip.vector" in stages.ran
+
+
+@pytest.mark.parametrize("option", ["until", "force", "only"])
+def test_a_stage_that_is_not_there_is_told_before_anything_runs(
+    tmp_path: Path, stages: Stages, option: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"clains.*did you mean 'claims'"):
+        go(tmp_path / "demo", **{option: "clains"})
+    assert stages.ran == []
+
+
+def test_without_a_reader_the_nulls_come_at_the_end(tmp_path: Path, stages: Stages) -> None:
+    text = YAML.replace("claims:\nreport:\n", "")
+    for until in ("vector", None):
+        run_with_nulls(read_pipeline(text), text, tmp_path / "demo", until=until, reporter=SILENT)
+        assert ("coin_flip.vector" in stages.ran) == (until is None)
+
+
+def test_what_the_pair_did_again_its_nulls_take_again(tmp_path: Path, stages: Stages) -> None:
+    """One family has one base: the same settings can give other bytes, on another machine say."""
+
+    def write(context: StageContext) -> None:
+        if context.name == "base":
+            (context.folder / "weights").write_text(f"{len(stages.ran)}")
+
+    stages.before = write
+    go(tmp_path / "demo")
+    before = (tmp_path / "demo" / "base" / "weights").read_text()
+    stages.ran.clear()
+    go(tmp_path / "demo", force="base")
+    weights = {
+        (tmp_path / "demo" / place / "base" / "weights").read_text()
+        for place in (".", "nulls/coin_flip", "nulls/self")
+    }
+    assert len(weights) == 1
+    assert weights != {before}
+    again = [name for name in stages.ran if name.startswith("coin_flip")]
+    assert again == [f"coin_flip.{name}" for name in ("dpo", "activations", "vector", "report")]
+    stages.ran.clear()
+    go(tmp_path / "demo")
+    assert stages.ran == []
 
 
 def test_the_plan_has_every_null(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,20 @@ def test_what_is_shared_behind_what_is_not_is_done_once(
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--jobs 2 does not go with --force"):
         run_study(read_pipeline(YAML), YAML, tmp_path, jobs=2, force="vector", reporter=SILENT)
+
+
+def test_a_folder_that_is_not_a_variants_loses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run_study(read_pipeline(YAML), YAML, tmp_path / "run", until="data", reporter=SILENT)
+    for name in ("slow", "fast"):
+        shutil.rmtree(tmp_path / "run" / "variants" / name)
+    stray = tmp_path / "run" / "variants" / "slow" / "stray"
+    stray.parent.mkdir(parents=True)
+    stray.write_text("x")
+    with pytest.raises(StudyError, match=r"1 of 2 variants failed \(slow: .*is not empty"):
+        run_study(
+            read_pipeline(YAML), YAML, tmp_path / "run", until="data", jobs=2, reporter=SILENT
+        )
+    assert (tmp_path / "run" / "variants" / "fast" / "data" / "result.json").is_file()

@@ -12,6 +12,7 @@ import yaml
 from dsteer import pipeline, sharing, study
 from dsteer.config import PipelineConfig, read_pipeline, variants_of
 from dsteer.errors import ConfigError, DataError, StoreError, StudyError
+from dsteer.parallel import Ranks
 from dsteer.progress import SILENT
 from dsteer.report import comparison_html
 from dsteer.stages import StageContext, comparison
@@ -201,6 +202,31 @@ def test_one_failure_does_not_lose_the_others(tmp_path: Path, stages: Stages) ->
     go(tmp_path / "run")
     assert stages.ran == ["two.vector", "two.report"], "what was complete stays"
     assert stages.compared[-1] == ["one", "two", "three"]
+
+
+def test_a_null_that_fails_does_not_lose_its_variant(tmp_path: Path, stages: Stages) -> None:
+    def fail(context: StageContext) -> None:
+        if context.run.name == "plain" and context.name == "vector":
+            raise DataError("no null")
+
+    stages.before = fail
+    with pytest.raises(StudyError, match=r"nulls failed \(plain: no null\)"):
+        go(tmp_path / "run", "nulls={plain: {models.tuned: c/null}}")
+    assert stages.compared == [["one", "two", "three"]]
+    summary = read_json(tmp_path / "run" / "summary.json")
+    assert all("failed" not in told for told in summary["variants"].values())
+
+
+def test_the_other_processes_run_so_far_as_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(study, "run_with_nulls", lambda *_args, **given: asked.append(given))
+    monkeypatch.setattr(study, "join", lambda: Ranks(rank=1, world=2))
+    study.run_study(config(), YAML, tmp_path, until="vector", reporter=SILENT)
+    assert [(one["until"], one["only"], one["force"]) for one in asked] == [
+        ("vector", None, None)
+    ] * 3
 
 
 def test_a_bug_keeps_its_traceback_and_the_others_their_results(

@@ -24,12 +24,14 @@ from dsteer.report.values import (
     items,
     mapping,
     number,
-    plain,
     point,
     real,
     site_order,
 )
 from dsteer.store import Json
+
+NOTHING_TOLD = 1e-6
+"""A share of KL whose lower end is no larger is not told from nothing."""
 
 Verdict = Literal["supported", "not supported", "not tested"]
 
@@ -43,19 +45,24 @@ CONTROL = "coin_flip"
 
 @dataclass(frozen=True)
 class Margins:
-    """Reward margins of the base with v* added at the place that a pair's profile chose.
+    """Reward margins of the base with v* added.
 
     Attributes:
-        values: one a test pair, float64.
+        values: place (site and tokens, in words) → one a test pair, float64.
+        place: the place that the pair's profile chose.
         conversations: of each test pair.
         beta: β of the implicit reward.
-        place: site and tokens, in words.
     """
 
-    values: np.ndarray
+    values: Mapping[str, np.ndarray]
+    place: str
     conversations: tuple[str, ...]
     beta: float
-    place: str
+
+    @property
+    def own(self) -> np.ndarray:
+        """At the place that was chosen."""
+        return self.values[self.place]
 
 
 @dataclass(frozen=True)
@@ -208,8 +215,9 @@ class LowDimensional:
         """In words."""
         return (
             "The upper end of k₉₀ (directions in the order of their singular values that recover "
-            "90 % of the KL that patching the whole displacement recovers) is at most "
-            f"max(1, {self.share:g} · width), and random subspaces need more. σ₂/σ₁ never decides."
+            "90 % of the KL that patching the whole displacement recovers, which is told from "
+            f"nothing) is at most max(1, {self.share:g} · width), and random subspaces need more. "
+            "σ₂/σ₁ never decides."
         )
 
     def grade(self, pair: Evidence, _control: Control) -> Grade:
@@ -220,14 +228,20 @@ class LowDimensional:
         chosen = at(pair.results.get("profile"), "chosen", "site")
         site = chosen if chosen in sites else next(iter(sites), None)
         found = at(sites, site) if site is not None else None
-        beside = _spectral_words(pair, site)
+        beside = (*_part_words(pair, site, found), *_spectral_words(pair, site))
         width, most = point(at(found, "width")), max(map(float, items(at(found, "k"))), default=0.0)
         oracle, random = at(found, "k90", "oracle"), at(found, "k90", "random")
         if width is None or oracle is None or point(at(found, "patched")) is None:
             why = "the curve of KL recovered over k is undefined"
             return _untested(why, beside=beside)
         allowed = max(1.0, self.share * width)
-        told = _number(f"k₉₀ at {site}, width {width:.0f}", oracle)
+        told = _number(f"k₉₀ at {site}, {at(found, 'tokens')}, width {width:.0f}", oracle)
+        if at(oracle, "resampled") is False:
+            return _untested("one conversation gives no interval of k₉₀", told, beside=beside)
+        least = estimate(at(found, "patched")).low
+        if least is None or least <= NOTHING_TOLD:
+            why = "what patching recovers is not told from nothing"
+            return _untested(why, told, beside=beside)
         never = "" if point(random) is not None else f" (not reached with {most:.0f})"
         null = _number(f"k₉₀ of random subspaces{never}", random)
         value, _, high = estimate(oracle)
@@ -246,9 +260,9 @@ class LowDimensional:
             )
         if random is None:
             return _untested("no random subspaces were measured", told, null, beside)
-        least = estimate(random).low if estimate(random).low is not None else point(random)
-        more = least is None or (high is not None and least > high)
-        needs = "never reach 90 %" if least is None else f"need {number(least)} or more"
+        fewest = estimate(random).low if estimate(random).low is not None else point(random)
+        more = fewest is None or (high is not None and fewest > high)
+        needs = "never reach 90 %" if fewest is None else f"need {number(fewest)} or more"
         words = "Supported by construction: " if pair.lora is not None else ""
         if pair.lora is not None:
             beside = (
@@ -278,10 +292,9 @@ class ConstantSuffices:
     def rule(self) -> str:
         """In words."""
         return (
-            "At the site and tokens that the profile chose on tune, the lower end of the "
-            "efficiency (KL that v* recovers over KL that patching the tuned states recovers) is "
-            f"at least {self.share:g}, v* recovers more than random directions of its norm, and it "
-            "is not inert."
+            "At the site and tokens that the profile chose on tune, v* recovers at least "
+            f"{self.share:g} of the KL over whole answers (lower end), and more than random "
+            "directions of its norm, on all test pairs and on those that these were measured on."
         )
 
     def grade(self, pair: Evidence, _control: Control) -> Grade:
@@ -291,32 +304,29 @@ class ConstantSuffices:
         place, found = _chosen(pair.results["profile"])
         if found is None:
             return _untested("the profile chose no place: v* is undefined at every site")
-        efficiency, own = at(found, "efficiency"), at(found, "v", "kl_recovered")
-        told = _number(f"efficiency v*/patched at {place}", efficiency)
-        band = at(found, "random", "kl_recovered")
-        most = real(at(band, "high"))
+        own = at(found, "v", "kl_recovered_answers")
+        told = _number(f"KL of whole answers recovered by v* at {place}", own)
+        band = at(found, "random", "kl_recovered_answers")
+        most, same = real(at(band, "high")), real(at(band, "v"))
         null = {
             "words": "KL recovered by random directions of its norm",
             "value": real(at(band, "median")), "low": real(at(band, "low")), "high": most,
         }  # fmt: skip
-        beside = _map_words(pair, at(pair.results["profile"], "chosen", "site"))
-        if not _bounded(efficiency):
-            why = at(found, "efficiency_why") or "the efficiency has no interval"
-            return _untested(str(why).rstrip("."), told, null, beside)
-        if not _bounded(own) or most is None:
-            return _untested("v* or its random directions have no interval", told, null, beside)
-        low, least = estimate(efficiency).low or 0.0, estimate(own).low or 0.0
-        recovers = (
-            f"v* recovers {interval(own)} of the KL, random directions {number(most)} at most"
+        beside = (
+            *_efficiency_words(place, found),
+            *_map_words(pair, at(pair.results["profile"], "chosen", "site")),
         )
+        if not _bounded(own) or most is None or same is None:
+            return _untested("v* or its random directions have no interval", told, null, beside)
+        low = estimate(own).low or 0.0
+        recover = f"random directions recover {number(most)} at most"
         return _graded(
             told,
             null,
             [
                 (low >= self.share, f"the lower end {number(low)} is at least {self.share:g}",
                  f"the lower end {number(low)} is below {self.share:g}"),
-                (least > most, recovers, recovers),
-                (at(found, "inert") is not True, "v* is not inert", "v* is inert"),
+                (min(low, same) > most, recover, f"{recover}, v* on the same pairs {number(same)}"),
             ],
             beside,
         )  # fmt: skip
@@ -336,9 +346,9 @@ class PreferenceSpecific:
         """In words."""
         return (
             "The mean reward margin of test pairs under base + v*, at the place that the pair's "
-            "profile chose, minus that of the coin-flip null under its own v* at its own place, on "
-            "the same pairs, has a lower end above 0; the pair's own margin is above that of "
-            "random directions; and the pair's training learned."
+            "profile chose, minus that of the coin-flip null under its own v*, on the same pairs, "
+            "has a lower end above 0, with the null at its own place and at the pair's; the pair's "
+            "own margin is above that of random directions; and the pair's training learned."
         )
 
     def grade(self, pair: Evidence, control: Control) -> Grade:
@@ -358,19 +368,23 @@ class PreferenceSpecific:
             return _untested("the coin-flip null has no margins under its own v*")
         difference = self.difference(pair.margins, other)
         if difference is None:
-            return _untested("the coin-flip null was measured on other pairs, or with another β")
+            return _untested(
+                "the coin-flip null was measured on other pairs, at other places, or with another β"
+            )
         told = _number(
-            f"reward margin under v* at {place}, minus coin-flip's at {other.place}",
+            f"reward margin under v* at {place}, minus coin-flip's there or at {other.place}, "
+            "whichever is less",
             difference.json(),
         )
         null = _number("reward margin under the coin-flip null's v*", self.margin(other).json())
-        most = real(at(found, "random", "reward_margin", "high"))
-        if difference.low is None or not _bounded(own) or most is None:
+        band = at(found, "random", "reward_margin")
+        most, same = real(at(band, "high")), real(at(band, "v"))
+        if difference.low is None or not _bounded(own) or most is None or same is None:
             return _untested("the difference, the margin or the random band is missing", told, null)
         checks = [
             (difference.low > 0, f"the difference's lower end {number(difference.low)} is above 0",
              f"the difference's lower end {number(difference.low)} is not above 0"),
-            ((estimate(own).low or 0.0) > most,
+            (min(estimate(own).low or 0.0, same) > most,
              f"the margin {interval(own)} is above random directions ({number(most)} at most)",
              f"the margin {interval(own)} is not above random directions ({number(most)} at most)"),
         ]  # fmt: skip
@@ -380,18 +394,27 @@ class PreferenceSpecific:
         return _graded(told, null, checks)
 
     def difference(self, own: Margins, other: Margins) -> Interval | None:
-        """Mean of own − other; None where pairs or β differ."""
+        """Mean of own − other, the other at its own place or at this one's, whichever gives the
+        lower end that is less; None where pairs or β differ, or the other was not measured there.
+        """
         if own.conversations != other.conversations or own.beta != other.beta:
             return None
-        return paired_difference(
-            own.values, other.values, own.conversations,
-            draws=self.draws, confidence=self.confidence, seed=self.seed,
-        )  # fmt: skip
+        if own.place not in other.values:
+            return None
+        found = [
+            paired_difference(
+                own.own, other.values[place], own.conversations,
+                draws=self.draws, confidence=self.confidence, seed=self.seed,
+            )
+            for place in dict.fromkeys((other.place, own.place))
+        ]  # fmt: skip
+        told = [one for one in found if one is not None]
+        return min(told, key=lambda one: one.value if one.low is None else one.low, default=None)
 
     def margin(self, found: Margins) -> Interval:
         """Mean margin under v*."""
         mean = bootstrap_mean(
-            found.values, found.conversations,
+            found.own, found.conversations,
             draws=self.draws, confidence=self.confidence, seed=self.seed,
         )  # fmt: skip
         assert mean is not None  # margins are finite
@@ -410,29 +433,31 @@ class Reversible:
         """In words."""
         return (
             "Taking v* once (λ = 1) from the tuned model recovers the base: the lower end of the "
-            f"KL recovered is at least {self.share:g}, and above that of random directions."
+            f"KL recovered is at least {self.share:g}, and above that of random directions, on all "
+            "test pairs and on those that these were measured on."
         )
 
     def grade(self, pair: Evidence, _control: Control) -> Grade:
-        """By the result of `inversion`, at the measured strength nearest to 1."""
+        """By the result of `inversion`."""
         if "inversion" not in pair.results:
             return _untested("stage inversion did not run")
         sweep = mapping(pair.results["inversion"])
         metric = at(sweep, "metrics", "kl_recovered")
-        i = nearest(sweep, 1.0)
-        if i is None or metric is None:
+        if metric is None:
             return _untested("the inversion has no KL recovered")
-        strength = real(at(sweep, "strengths", i))
+        i = nearest(sweep, 1.0)
+        if i is None or real(at(sweep, "strengths", i)) != 1.0:
+            return _untested("λ = 1 was not among the strengths: name it in inversion.strengths")
         found = at(metric, "curves", "v", i)
-        told = _number(f"KL recovered at λ = {plain(strength)}, {at(sweep, 'site')}", found)
+        told = _number(f"KL recovered at λ = 1, {at(sweep, 'site')}", found)
         band = {end: real(at(metric, "random", end, i)) for end in ("low", "high")}
         null = {"words": "random directions", "value": real(at(metric, "random", "mean", i)),
                 **band}  # fmt: skip
         beside = _crossing_words(sweep)
         if not _bounded(found):
             return _untested("the KL recovered has no interval", told, null, beside)
-        most = band["high"]
-        if most is None:
+        most, same = band["high"], real(at(metric, "random", "v", i))
+        if most is None or same is None:
             return _untested("no random directions were measured", told, null, beside)
         low = estimate(found).low or 0.0
         return _graded(
@@ -441,7 +466,7 @@ class Reversible:
             [
                 (low >= self.share, f"the lower end {number(low)} is at least {self.share:g}",
                  f"the lower end {number(low)} is below {self.share:g}"),
-                (low > most, f"random directions recover {number(most)} at most",
+                (min(low, same) > most, f"random directions recover {number(most)} at most",
                  f"random directions recover up to {number(most)}"),
             ],
             beside,
@@ -471,6 +496,31 @@ def _chosen(profile: Json) -> tuple[str, Json]:
     if site is None or tokens is None:
         return "", None
     return f"{site}, {tokens}", at(profile, "sites", str(site), str(tokens))
+
+
+def _efficiency_words(place: str, found: Json) -> tuple[str, ...]:
+    """What of the place's own change the constant is."""
+    first = place.endswith("prompt_last")
+    of = "the first answer token's" if first else "the answers'"
+    whole = interval(at(found, "patched", "kl_recovered_answers"))
+    efficiency = at(found, "efficiency")
+    said = (
+        f"of what patching recovers there of {of} KL, v* recovers {interval(efficiency)} "
+        "(the efficiency)"
+        if point(efficiency) is not None
+        else str(at(found, "efficiency_why") or "the efficiency is undefined").rstrip(".")
+    )
+    return (f"Patching {place} recovers {whole} of the KL of whole answers; {said}.",)
+
+
+def _part_words(pair: Evidence, site: Json, ranked: Json) -> tuple[str, ...]:
+    """How much of the change the place holds at which directions were counted."""
+    profile, tokens = pair.results.get("profile"), at(ranked, "tokens")
+    if tokens != "prompt_last" or point(at(ranked, "patched")) is None:
+        return ()
+    whole = at(profile, "sites", str(site), str(tokens), "patched", "kl_recovered_answers")
+    share = f": {interval(whole)} of the answers' KL" if point(whole) is not None else ""
+    return (f"Counted in the KL of the first answer token; patching there brings so much{share}.",)
 
 
 def _spectral_words(pair: Evidence, site: Json) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from dsteer.progress import Reporter
 from dsteer.steering.arms import Steering, steered_states
 from dsteer.steering.edits import Edit, Tokens, edited_states
 from dsteer.store import Json, read_json
+from dsteer.training.examples import answered
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Bench:
         most = min(limit for limit in limits if limit is not None)
         given = [
             pair
-            for pair in read_pairs(self._data / f"{name}.jsonl")
+            for pair in answered(read_pairs(self._data / f"{name}.jsonl"))
             if among is None or among(pair)
         ][:pairs]
         answers = Answers.read(

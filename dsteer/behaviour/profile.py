@@ -39,14 +39,19 @@ class Effects:
 
     Attributes:
         keys: site and kind (patched, v, v_here) of each row.
-        kl: KL(tuned‖edited base) on the chosen answers.
-        kl_base: KL(tuned‖base) on them.
+        kl: KL(tuned‖edited base) on the chosen answers, of their first token where the last prompt
+            token alone is changed.
+        kl_base: KL(tuned‖base) on the same.
+        answers: KL(tuned‖edited base) on all tokens of the chosen answers, whatever is changed.
+        answers_base: KL(tuned‖base) on all of them.
         margin: β [Δ ln π(chosen) − Δ ln π(rejected)] against the base; None of chosen ones alone.
     """
 
     keys: tuple[tuple[str, str], ...]
     kl: Float[Tensor, "e m"]
     kl_base: Float[Tensor, " m"]
+    answers: Float[Tensor, "e m"]
+    answers_base: Float[Tensor, " m"]
     margin: Float[Tensor, "e m"] | None
 
     def row(self, site: str, kind: str) -> int | None:
@@ -89,6 +94,8 @@ def measure(
         tuple(edits),
         kl_of(scores.of(part), tokens),
         kl_of(split.plain.of(part), tokens)[0],
+        scores.of(part).kl,
+        split.plain.of(part).kl[0],
         margins(split, scores.log_likelihood, beta) if both else None,
     )
 
@@ -109,13 +116,14 @@ def edits_of(
 
 
 def metrics(bench: Bench, split: Split, effects: Effects, site: str, kind: str) -> Json:
-    """KL recovered and reward margin of an edit; None where it was not made."""
+    """KL recovered, also over whole answers, and reward margin; None where it was not made."""
     row = effects.row(site, kind)
     if row is None:
         return None
     margin = None if effects.margin is None else mean(bench, split, effects.margin[row])
     return {
         "kl_recovered": json_of(recovered(bench, split, effects, site, kind)),
+        "kl_recovered_answers": json_of(recovered_of_answers(bench, split, effects, site, kind)),
         "reward_margin": json_of(margin),
     }
 
@@ -139,6 +147,17 @@ def recovered(
     if row is None:
         return None
     return bench.ratio(effects.kl_base - effects.kl[row], effects.kl_base, split)
+
+
+def recovered_of_answers(
+    bench: Bench, split: Split, effects: Effects, site: str, kind: str
+) -> Interval | None:
+    """R over all tokens of the answers: one denominator, so that places can be compared."""
+    row = effects.row(site, kind)
+    if row is None:
+        return None
+    gains = effects.answers_base - effects.answers[row]
+    return bench.ratio(gains, effects.answers_base, split)
 
 
 def efficiency(
@@ -179,12 +198,12 @@ def random_band(
     splits: Sequence[Split],
     site: str,
     tokens: Tokens,
-    norm: float,
+    v: Float[Tensor, " d"],
     draws: int,
     beta: float,
     seed: int,
 ) -> Json:
-    """What random directions of a norm do at a site.
+    """What random directions of v*'s norm do at a site, and v* on the same pairs.
 
     Args:
         bench: scores.
@@ -192,29 +211,25 @@ def random_band(
         splits: the chosen answers of some pairs, and the rejected ones.
         site: where they are added.
         tokens: to which tokens.
-        norm: of each.
+        v: the vector whose norm they have.
         draws: how many.
         beta: of the reward.
         seed: of the directions.
 
     Returns:
-        2.5 %, 50 % and 97.5 % quantiles of the draws of each metric (None: nothing to recover),
-        with ``draws`` and ``pairs``.
+        2.5 %, 50 % and 97.5 % quantiles of the draws of each metric, and ``v``, that of v* itself
+        (None: nothing to recover), with ``draws`` and ``pairs``.
     """
     chosen, rejected = splits
     rows = np.random.default_rng(seed).standard_normal((draws, chosen.acts.tuned[site].shape[1]))
-    rows *= norm / np.linalg.norm(rows, axis=1, keepdims=True)
-    edits = [Edit(site, adding(torch.from_numpy(row))) for row in rows]
+    rows *= float(v.norm()) / np.linalg.norm(rows, axis=1, keepdims=True)
+    edits = [Edit(site, adding(v)), *(Edit(site, adding(torch.from_numpy(row))) for row in rows)]
     label = f"random, {site}, {tokens}"
     scores, others = (bench.score(model, split, edits, tokens, label) for split in splits)
-    before = kl_of(chosen.plain, tokens)[0]
-    total = float(before.sum())
-    shares = None
-    if total > NOTHING * len(before):
-        shares = 1 - kl_of(scores, tokens).sum(dim=1) / total
     gaps = _gain(chosen, scores) - _gain(rejected, others)
     return {
-        "kl_recovered": _band(shares),
+        "kl_recovered": _band(_shares(kl_of(scores, tokens), kl_of(chosen.plain, tokens)[0])),
+        "kl_recovered_answers": _band(_shares(scores.kl, chosen.plain.kl[0])),
         "reward_margin": _band(beta * gaps.mean(dim=1)),
         "draws": draws,
         "pairs": chosen.answers.pairs,
@@ -225,11 +240,18 @@ def _gain(split: Split, scores: Scores) -> Float[Tensor, "e m"]:
     return scores.log_likelihood - split.plain.log_likelihood[0]
 
 
+def _shares(after: Float[Tensor, "e m"], before: Float[Tensor, " m"]) -> Tensor | None:
+    total = float(before.sum())
+    return 1 - after.sum(dim=1) / total if total > NOTHING * len(before) else None
+
+
 def _band(values: Float[Tensor, " e"] | None) -> Json:
+    """Of v*, which comes first, and the draws."""
     if values is None:
         return None
-    found = np.quantile(values.numpy(), BAND)
-    return dict(zip(("low", "median", "high"), map(float, found), strict=True))
+    found = np.quantile(values[1:].numpy(), BAND)
+    band = dict(zip(("low", "median", "high"), map(float, found), strict=True))
+    return {**band, "v": float(values[0])}
 
 
 def first_largest(values: Sequence[tuple[Json, float | None]]) -> Json:

@@ -204,7 +204,7 @@ def plan(
     out: OutOption = None,
 ) -> None:
     """Show what `run` would do, without loading a model."""
-    from dsteer.nulls import plan_nulls
+    from dsteer.nulls import nulls_reached, plan_nulls
     from dsteer.pipeline import make_plan
     from dsteer.store import Run
     from dsteer.study import plan_study
@@ -215,7 +215,7 @@ def plan(
         plans = plan_study(config, folder, until=until, only=only, force=force)
     else:
         plans = {"": make_plan(config, Run(folder), until=until, only=only, force=force)}
-        if only is None and until is None:
+        if nulls_reached(config, until, only):
             plans |= {f"null {name}": steps for name, steps in plan_nulls(config, folder).items()}
     _say(f"{config.name} → {folder}")
     for variant, steps in plans.items():

@@ -73,17 +73,20 @@ def rank_intervals(
 ) -> tuple[Interval | None, Interval | None]:
     """Participation of the groups' mean displacements, plain and centred, jackknifed.
 
-    Each conversation of each group is left out in turn; None where undefined.
+    Each conversation of each group is left out in turn; None where undefined, and without ends
+    where a group is one conversation, whose spread nothing tells.
     """
     sizes = [len(rows) for rows in deltas]
     means = np.stack([rows.mean(axis=0) for rows in deltas])
     value, n = ranks(means, sizes), sum(sizes)
     left: list[Ranks] = []
+    lone = False
     for number, (rows, keys) in enumerate(zip(deltas, clusters, strict=True)):
         counts = cluster_sums(np.ones(len(rows)), keys)
         for total, count in zip(cluster_sums(rows, keys), counts, strict=True):
             rest = int(sizes[number] - count)
             if rest == 0:
+                lone = True
                 continue
             changed, shrunk = means.copy(), [*sizes]
             changed[number] = (means[number] * sizes[number] - total) / rest
@@ -94,6 +97,10 @@ def rank_intervals(
         middle = getattr(value, name)
         others = np.array([getattr(item, name) for item in left], dtype=float)
         found.append(
-            None if middle is None else jackknifed(middle, others, n, confidence, least=0.0)
+            None
+            if middle is None
+            else Interval(middle, None, None, n)
+            if lone
+            else jackknifed(middle, others, n, confidence, least=0.0)
         )
     return found[0], found[1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dsteer.report.headline import Point
-from dsteer.report.tables import Column, Table
 from dsteer.report.values import (
     DASH,
     Estimate,
@@ -190,21 +189,6 @@ def _rank_place(variant: Json) -> str:
     if here is None:
         return DASH
     return f"{plain(here['site'])}, {plain(here['tokens'])}, d = {count(here['width'])}"
-
-
-def claims_table(variants: dict[str, Json]) -> Table:
-    """Variants × claims."""
-    told = {name: mapping(at(v, "causal", "claims")) for name, v in variants.items()}
-    return Table(
-        "comparison-claims",
-        "The verdict on each claim, variant by variant. –: the claims were not graded.",
-        [Column("variant", text=True),
-         *(Column(claim.replace("_", " "), text=True) for claim in CLAIMS)],
-        [
-            [name, *(plain(verdicts.get(claim)) for claim in CLAIMS)]
-            for name, verdicts in told.items()
-        ] if any(told.values()) else [],
-    )  # fmt: skip
 
 
 def causal_findings(variants: dict[str, Json]) -> list[Point]:

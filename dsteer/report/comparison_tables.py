@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dsteer.report.comparison_causal import causal_findings, causal_rows, claims_table
+from dsteer.report.comparison_causal import causal_findings, causal_rows
 from dsteer.report.headline import CONSTANT_BIAS, Point
 from dsteer.report.tables import Column, Table
 from dsteer.report.values import (
@@ -231,7 +231,6 @@ def comparison_tables(result: dict[str, Json]) -> list[Table]:
     """THE table of the variants, their pairs, their sets, and what is missing."""
     tables = [
         _variants(result),
-        claims_table(compared(result)),
         _pairs(result),
         _sets(result),
         _lost(result),

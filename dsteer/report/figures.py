@@ -180,13 +180,20 @@ def base_learning_curve(result: dict[str, Json], _folder: Path) -> Drawing | Non
     )
 
 
+def _begin(first: float | None) -> tuple[float, str]:
+    """Where the loss begins, in number and words; ln 2 for DPO."""
+    if first is None or math.isclose(first, math.log(2), abs_tol=1e-4):
+        return math.log(2), "ln 2: no preference learned"
+    return first, f"{first:.3g}: no preference learned"
+
+
 def dpo_learning_curve(result: dict[str, Json], _folder: Path) -> Drawing | None:
-    """DPO loss, reward accuracy and reward margin on training and held-out pairs."""
+    """Loss, reward accuracy and reward margin on training and held-out pairs."""
     curve = mapping(result.get("curve"))
     if not items(curve.get("train")) and not items(curve.get("heldout")):
         return None
     panels = (
-        ("loss", "DPO loss (nats)", math.log(2), "ln 2: no preference learned"),
+        ("loss", "training loss (nats)", *_begin(real(result.get("first_loss")))),
         ("reward_accuracy", "reward accuracy", 0.5, "chance"),
         ("reward_margin", "reward margin (nats × β)", 0.0, "no margin"),
     )

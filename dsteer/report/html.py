@@ -195,7 +195,8 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("G(P, Q)", "product of two parts' mean vectors: average of ⟨Pᵢ, Qⱼ⟩ over pairs of prompts of "
      "different conversations, which the prompts' scatter does not shift"),
     ("patching", "putting the tuned model's states of some tokens at one site into the base"),
-    ("efficiency", "KL recovered by v* over KL recovered by patching, at the same site and tokens"),
+    ("efficiency", "KL recovered by v* over KL recovered by patching, at the same site and tokens; "
+     "of the first answer token where the last prompt token alone is changed"),
     ("k₅₀, k₉₀", "the least number of directions that recovers half, or nine tenths, of the KL "
      "that patching the whole displacement recovers"),
     ("learned vector", "the vector that lowers the DPO loss most when it is added to the frozen "
@@ -348,6 +349,8 @@ def stage_results(run: Path, manifest: dict[str, Json]) -> tuple[Results, list[t
         written = (run / stage / "result.json").is_file()
         if written and (recorded is None or stage in recorded):
             results[stage] = mapping(read_json(run / stage / "result.json"))
+            if (timing := run / stage / "timing.json").is_file():
+                results[stage] |= mapping(read_json(timing))
         elif written:
             absent.append((title, "its result belongs to other settings than this run's"))
         elif mapping(at(manifest, "config")).get(stage) is not None:

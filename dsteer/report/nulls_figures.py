@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from dsteer.report.nulls_tables import Compared, compared, first_site, place
+from dsteer.report.profile_tables import words_of
 from dsteer.report.style import BLUE, GREY, INK, PALE, WIDE, Drawing, Line
 from dsteer.report.values import (
     Estimate,
@@ -150,13 +151,12 @@ def _learning(run: Compared) -> Curve | None:
 
 
 def _profiled(what: str, key: str) -> Callable[[Compared], Curve | None]:
-    """Over sites, at the tokens that the run's profile chose."""
+    """Over sites, at the tokens that the pair's profile chose."""
 
     def read(run: Compared) -> Curve | None:
         result = run.results.get("profile")
-        sites, tokens = mapping(at(result, "sites")), at(result, "chosen", "tokens")
-        if tokens is None:
-            tokens = next(iter(items(at(result, "tokens"))), None)
+        sites = mapping(at(result, "sites"))
+        tokens = run.tokens or next(iter(items(at(result, "tokens"))), None)
         order = site_order(sites)
         if not order or tokens is None:
             return None
@@ -259,6 +259,8 @@ def beside_nulls(stage: str) -> Callable[[dict[str, Json], Path], Drawing | None
             f"({', '.join(run.label for run in measured[1:])}), each with its own v*"
             + (", and the grey band is the pair's own null or its random directions"
                if any(curves[0] and curves[0].chance for _, curves in shown) else "")
+            + (f". Tokens changed: {words_of(measured[0].tokens)}"
+               if stage == "profile" and measured[0].tokens else "")
             + (". Shares below −1 leave the axes" if any(p.share for p, _ in shown) else "")
             + "."
         )  # fmt: skip
@@ -396,8 +398,8 @@ _MAIN: tuple[tuple[str, Callable[[Compared], Json]], ...] = (
     ("shared share m", _share),
     ("k₉₀, oracle", lambda run: at(first_site(run.results.get("rank")), "k90", "oracle")),
     ("efficiency", lambda run: at(place(run.results.get("profile")), "efficiency")),
-    ("KL recovered by v*",
-     lambda run: at(place(run.results.get("profile")), "v", "kl_recovered")),
+    ("KL of answers recovered by v*",
+     lambda run: at(place(run.results.get("profile")), "v", "kl_recovered_answers")),
     ("margin under v*",
      lambda run: at(place(run.results.get("profile")), "v", "reward_margin")),
     ("reward accuracy", lambda run: at(run.results.get("dpo"), "test", "reward_accuracy")),

@@ -30,6 +30,8 @@ class Compared:
     name: str
     folder: Path
     results: Results
+    tokens: str | None = None
+    """Those that the pair's profile chose: curves of all runs are of the same ones."""
 
     @property
     def label(self) -> str:
@@ -59,11 +61,13 @@ def results_of(run: Path) -> Results:
 
 def compared(run: Path, names: Sequence[str], own: Results | None = None) -> list[Compared]:
     """The pair and, in order, its nulls of these names that have any result."""
-    runs = [Compared("pair", run, results_of(run) if own is None else own)]
+    read = results_of(run) if own is None else own
+    tokens = at(read.get("profile"), "chosen", "tokens")
+    runs = [Compared("pair", run, read, tokens)]
     for name in names:
         folder = run / "nulls" / name
         if found := results_of(folder):
-            runs.append(Compared(name, folder, found))
+            runs.append(Compared(name, folder, found, tokens))
     return runs
 
 
@@ -216,7 +220,10 @@ NUMBERS: dict[str, tuple[Number, ...]] = {
     "profile": (
         Number("site", "chosen on tune", _at("chosen", "site")),
         Number("tokens", "whose states are changed", _at("chosen", "tokens")),
-        Number("KL, v*", "share recovered by v*", _profile("v", "kl_recovered")),
+        Number("KL, v*", "share recovered by v*, of the first answer token with prompt_last",
+               _profile("v", "kl_recovered")),
+        Number("KL of answers, v*", "share of all answer tokens", _profile("v",
+               "kl_recovered_answers")),
         Number("KL, patched", "by the tuned states", _profile("patched", "kl_recovered")),
         Number("efficiency", "v* over patched", _profile("efficiency")),
         Number("margin, v*", "reward margin under v*", _profile("v", "reward_margin")),

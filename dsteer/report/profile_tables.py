@@ -44,6 +44,11 @@ def _table(result: dict[str, Json], tokens: str) -> Table:
             [
                 site,
                 *(interval(at(found, arm, "kl_recovered")) for arm in ("patched", "v", "v_here")),
+                *(
+                    (interval(at(found, arm, "kl_recovered_answers")) for arm in ("patched", "v"))
+                    if tokens == "prompt_last"
+                    else ()
+                ),
                 band(at(found, "random", "kl_recovered")),
                 interval(at(found, "efficiency")),
                 interval(at(found, "efficiency_here")),
@@ -61,6 +66,14 @@ def _table(result: dict[str, Json], tokens: str) -> Table:
             Column("patched", "R with the tuned model's states put in"),
             Column("v*", "R with v* added"),
             Column("mean here", "R with the mean displacement of just these tokens added"),
+            *(
+                (
+                    Column("patched, answers", "R over all answer tokens"),
+                    Column("v*, answers", "R over all answer tokens"),
+                )
+                if tokens == "prompt_last"
+                else ()
+            ),
             Column("random", "R of random directions of the norm of v*: median, middle 95 %"),
             Column("efficiency", "R(v*) / R(patched)"),
             Column("efficiency here", "R(mean here) / R(patched)"),
@@ -89,9 +102,11 @@ def profile_sentences(result: Json) -> list[str]:
         return []
     said = [
         f"v* recovers most at {site}, on {words_of(tokens)} (chosen on tune pairs): "
-        f"{interval(at(row, 'v', 'kl_recovered'))} of the KL; patching the tuned states there "
-        f"recovers {interval(at(row, 'patched', 'kl_recovered'))}, random directions "
-        f"{band(at(row, 'random', 'kl_recovered'))}. Efficiency, v* over patched: "
+        f"{interval(at(row, 'v', 'kl_recovered_answers'))} of the KL over whole answers; patching "
+        "the tuned states there recovers "
+        f"{interval(at(row, 'patched', 'kl_recovered_answers'))}, random directions "
+        f"{band(at(row, 'random', 'kl_recovered_answers'))}. Efficiency, v* over patched"
+        f"{', on the first answer token' if tokens == 'prompt_last' else ''}: "
         f"{interval(at(row, 'efficiency'))}."
     ]
     for other in items(at(result, "tokens")):

@@ -31,6 +31,7 @@ def reversal_tables(result: Json) -> list[Table]:
         Column("way", text=True),
         *(Column(words, meaning) for words, meaning in METRICS.values()),
         Column("steps", "of an optimiser"),
+        Column("time, s", "on the machine of this run: training, or choosing λ, with the reading"),
         Column("λ", "chosen on tune; –: no strength can be set"),
         Column("taken back", "by adding λv* again: rounding, over the largest state; by training: "
                "only with the old weights, whose distance is told in lengths of tuned − base",
@@ -41,6 +42,7 @@ def reversal_tables(result: Json) -> list[Table]:
             WAYS.get(way, way),
             *(interval(at(found, key)) for key in METRICS),
             count(at(found, "optimiser_steps")),
+            number(real(at(result, "seconds", way))),
             number(real(at(found, "strength"))),
             _undoing(at(found, "undoing")),
         ]

@@ -28,7 +28,7 @@ from dsteer.geometry.comparison import random_cosine
 from dsteer.models.load import adapter_config, is_adapter
 from dsteer.report.figures import draw_result
 from dsteer.report.nulls_tables import results_of
-from dsteer.report.values import at, mapping, real
+from dsteer.report.values import at, items, mapping, real
 from dsteer.stages import StageContext
 from dsteer.steering.vector import SteeringVectorSet
 from dsteer.store import Json, read_json, read_tensors
@@ -51,13 +51,14 @@ def run(context: StageContext) -> Json:
     pair = Evidence("pair", read, _margins(context.run, read), _lora(own, context.tuned_path))
     nulls: dict[str, Evidence] = {}
     kinds: dict[str, str] = {}
+    known: dict[str, Json] = {}
     for name, path in context.nulls.items():
-        settings = _settings(path)
+        settings = known[name] = _settings(path)
         kinds[name] = _kind(name, settings, own)
         found = results_of(path)
         tuned = path / "dpo" / "model" if "dpo" in found else at(settings, "models", "tuned")
         nulls[name] = Evidence(name, found, _margins(path, found), _lora(settings, tuned))
-    control = _control(nulls, kinds)
+    control = _control(nulls, kinds, known, own)
     graded = rules(config, context.seed("bootstrap"))
     pairs = {
         evidence.name: {rule.name: rule.grade(evidence, control) for rule in graded}
@@ -69,7 +70,11 @@ def run(context: StageContext) -> Json:
         trust_remote_code=context.config.models.trust_remote_code,
         seed=context.seed("self_check"),
     )
-    seeds = 1 + sum(kind == "second_seed" for kind in kinds.values())
+    seeds = len({at(own, "dpo", "seed"), *(
+        at(known[name], "dpo", "seed")
+        for name, kind in kinds.items()
+        if kind == "second_seed" and "dpo" in nulls[name].results
+    )})  # fmt: skip
     trained = context.config.dpo is not None
     result = {
         "claims": [_told(rule, pairs["pair"][rule.name]) for rule in graded],
@@ -132,8 +137,10 @@ def _kind(name: str, settings: Json, own: Json) -> str:
     return "lora" if "lora" in changed and changed <= {"lora", "learning_rate"} else "other"
 
 
-def _control(nulls: Mapping[str, Evidence], kinds: Mapping[str, str]) -> Control:
-    """The first coin-flip null that was measured, or why there is none."""
+def _control(
+    nulls: Mapping[str, Evidence], kinds: Mapping[str, str], settings: Mapping[str, Json], own: Json
+) -> Control:
+    """The first coin-flip null that was measured as the pair was, or why there is none."""
     flipped = [evidence for name, evidence in nulls.items() if kinds[name] == CONTROL]
     if not flipped:
         return Control(None, f"the pipeline names no null {CONTROL}")
@@ -142,24 +149,53 @@ def _control(nulls: Mapping[str, Evidence], kinds: Mapping[str, str]) -> Control
         return Control(
             None, f"the null {flipped[0].name} failed: its run has no result of stage profile"
         )
-    return Control(known[0])
+    others = {evidence.name: _differs(own, settings[evidence.name]) for evidence in known}
+    for evidence in known:
+        if not others[evidence.name]:
+            return Control(evidence)
+    words = "; ".join(f"{name} changes {', '.join(keys)}" for name, keys in others.items())
+    return Control(None, f"a coin-flip null differs from the pair in its labels alone, and {words}")
+
+
+def _differs(own: Json, theirs: Json) -> list[str]:
+    """In what a coin-flip null differs from its pair beyond the labels, as dotted names."""
+    found = [
+        section
+        for section in ("seed", "data", "base", "activations", "vector", "profile")
+        if at(own, section) != at(theirs, section)
+    ]
+    training, flipped = mapping(at(own, "dpo")), mapping(at(theirs, "dpo"))
+    if training:  # of models that exist, the name of the null is all that there is to go by
+        wanted = {**training, "labels": CONTROL}
+        found += [
+            f"dpo.{key}"
+            for key in sorted(wanted.keys() | flipped.keys())
+            if wanted.get(key) != flipped.get(key)
+        ]
+    return found
 
 
 def _margins(run: Path, results: Mapping[str, Json]) -> Margins | None:
-    """The reward margins at the place that a profile chose; None where it chose none."""
+    """The reward margins of a profile, place by place; None where it chose none."""
     profile, path = results.get("profile"), run / "profile" / "pairs.safetensors"
     site, tokens = (at(profile, "chosen", key) for key in ("site", "tokens"))
     if site is None or tokens is None or not path.is_file():
         return None
-    row = list(mapping(at(profile, "sites"))).index(str(site))
-    values = read_tensors(path)[f"margin.{tokens}.v"][row]
-    if not np.isfinite(values).all():
+    rows, tensors = list(mapping(at(profile, "sites"))), read_tensors(path)
+    values = {
+        f"{name}, {kind}": tensors[f"margin.{kind}.v"][row].astype(np.float64)
+        for row, name in enumerate(rows)
+        for kind in map(str, items(at(profile, "tokens")))
+    }
+    finite = {place: each for place, each in values.items() if np.isfinite(each).all()}
+    place = f"{site}, {tokens}"
+    if place not in finite:
         return None
     return Margins(
-        values.astype(np.float64),
+        finite,
+        place,
         tuple(map(str, at(profile, "conversations") or ())),
         float(at(profile, "beta")),
-        f"{site}, {tokens}",
     )
 
 

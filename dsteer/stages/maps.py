@@ -92,7 +92,8 @@ def _notes(sites: Mapping[str, Json]) -> list[str]:
         site
         for site, found in sites.items()
         if found["r2"] is not None
-        and found["r2"]["scale"]["value"] > found["r2"]["translation"]["value"]
+        and None not in (one := found["r2"]["scale"], other := found["r2"]["translation"])
+        and one["value"] > other["value"]
     ]
     notes = []
     if undefined:

@@ -1,7 +1,8 @@
 """The causal layer profile: patch the tuned state in, add v*, add random directions, site by site.
 
 v* is the run's, of fit prompts; the mean displacement of the changed tokens is of fit pairs; site
-and tokens are chosen on tune pairs; every number that is reported is of test pairs.
+and tokens are chosen on tune pairs, by what v* recovers of the whole answers' KL, so that every
+place has the same denominator; every number that is reported is of test pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dsteer.behaviour.profile import (
     metrics,
     random_band,
     readout_share,
-    recovered,
+    recovered_of_answers,
     tuned_margins,
 )
 from dsteer.config import ProfileConfig
@@ -95,7 +96,7 @@ class _Profile:
                 if added:
                     found = measure(bench, model, tune, tokens, added, self.beta)
                     for site in self.vectors:
-                        share = recovered(bench, tune, found, site, "v")
+                        share = recovered_of_answers(bench, tune, found, site, "v")
                         on_tune[site, tokens] = None if share is None else share.value
                 effects = measure(
                     bench, model, test, tokens,
@@ -169,7 +170,7 @@ class _Profile:
         row["random"] = None
         if site in self.vectors:
             row["random"] = random_band(
-                bench, model, few, site, tokens, float(self.vectors[site].norm()),  # type: ignore[arg-type]
+                bench, model, few, site, tokens, self.vectors[site],  # type: ignore[arg-type]
                 self.config.random_directions, self.beta, self.context.seed("random", site),
             )  # fmt: skip
         ratio, why = efficiency(bench, test, effects, site)
@@ -255,6 +256,7 @@ def _headline(result: Mapping[str, Json]) -> dict[str, Json]:
         "site": chosen["site"] if chosen else None,
         "tokens": chosen["tokens"] if chosen else None,
         "kl_recovered": value("v", "kl_recovered"),
+        "kl_recovered_answers": value("v", "kl_recovered_answers"),
         "kl_recovered_patched": value("patched", "kl_recovered"),
         "efficiency": value("efficiency"),
         "reward_margin": value("v", "reward_margin"),

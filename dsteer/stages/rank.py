@@ -86,10 +86,7 @@ def _headline(sites: dict[str, Json]) -> dict[str, Json]:
     return {
         "site": site,
         "tokens": found["tokens"],
-        **{
-            name: (found[name] or {}).get("oracle", {}).get("value") if found[name] else None
-            for name in SHARES
-        },
+        **{name: ((found[name] or {}).get("oracle") or {}).get("value") for name in SHARES},
         "k90_random": ((found["k90"] or {}).get("random") or {}).get("value"),
         "patched": (found["patched"] or {}).get("value"),
     }

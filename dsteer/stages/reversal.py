@@ -7,8 +7,9 @@ came back is R = 1 − Σ KL(base‖undone) / Σ KL(base‖tuned).
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from dsteer.config import DpoConfig, ReversalConfig
 from dsteer.data.jsonl import read_pairs
 from dsteer.data.types import PreferencePair
 from dsteer.errors import ConfigError
+from dsteer.geometry.inference import ratio_effect
 from dsteer.geometry.intervals import bootstrap_mean, bootstrap_ratio
 from dsteer.geometry.logits import NOTHING
 from dsteer.models.anatomy import Anatomy
@@ -34,12 +36,18 @@ from dsteer.report.figures import draw_result
 from dsteer.stages import StageContext
 from dsteer.steering.arms import Arm, Steering
 from dsteer.steering.vector import SteeringVectorSet
-from dsteer.store import Json, write_json
+from dsteer.store import Json, read_json, write_json
 from dsteer.training.dpo import DpoRun, train_dpo
 from dsteer.training.examples import answered
 
-LOSSES = {"dpo_swapped": None, "sft_rejected": "sft"}
-"""Ways that train, on pairs whose answers are swapped; the loss, None: that of ``dpo``."""
+LOSSES: Mapping[str, Mapping[str, object]] = {
+    "dpo_swapped": {},
+    "sft_rejected": {"method": "dpo", "loss_type": "sft", "label_smoothing": 0.0},
+}
+"""Ways that train, on pairs whose answers are swapped, and what they change of ``dpo``'s loss."""
+
+TIMING = "timing.json"
+"""Seconds of each way, beside the result: they differ from run to run."""
 
 STRENGTHS = tuple(0.25 * k for k in range(17))
 """λ from which inversion takes the one of least KL on tune."""
@@ -49,16 +57,15 @@ def run(context: StageContext) -> Json:
     """Undo the tuned model in each way and measure all of them; write ``timing.json`` beside.
 
     Raises:
-        ConfigError: a way trains, and the tuned model is an adapter.
+        ConfigError: a way trains, and the tuned model is an adapter, or was trained on other labels
+            than the data give.
         StoreError: inversion is asked for, and the pipeline has no such stage.
     """
     config = context.config.reversal or ReversalConfig()
     trained, seconds = {}, {}
     for way in config.ways:
         if way in LOSSES:
-            begun = time.monotonic()
-            trained[way] = _train(context, config, way)
-            seconds[way] = round(time.monotonic() - begun, 2)
+            trained[way], seconds[way] = _timed(context, config, way)
     if not context.ranks.main:
         return None
     bench = _Bench(context, config)
@@ -67,7 +74,9 @@ def run(context: StageContext) -> Json:
         begun = time.monotonic()
         ways[way] = bench.trained(way, trained[way]) if way in trained else bench.inverted()
         seconds[way] = round(seconds.get(way, 0) + time.monotonic() - begun, 2)
-    write_json(context.folder / "timing.json", {"seconds": seconds})
+    for way in trained:
+        shutil.rmtree(context.folder / way / "checkpoints", ignore_errors=True)
+    write_json(context.folder / TIMING, {"seconds": seconds})
     result = {
         "n_test": bench.test.pairs,
         "beta": bench.beta,
@@ -84,6 +93,16 @@ def run(context: StageContext) -> Json:
     return result
 
 
+def _timed(context: StageContext, config: ReversalConfig, way: str) -> tuple[DpoRun, float]:
+    """A way's training and its seconds, those of an earlier start that finished it included."""
+    path = context.folder / way / "checkpoints" / TIMING
+    begun = time.monotonic()
+    run = _train(context, config, way)
+    if not path.is_file() and context.ranks.main:
+        write_json(path, {"seconds": round(time.monotonic() - begun, 2)})
+    return run, float(read_json(path)["seconds"]) if context.ranks.main else 0.0
+
+
 def _train(context: StageContext, config: ReversalConfig, way: str) -> DpoRun:
     """Train the tuned model on the rejected answers, in a folder of the way's own."""
     models, tuned = context.config.models, context.tuned_path
@@ -94,12 +113,18 @@ def _train(context: StageContext, config: ReversalConfig, way: str) -> DpoRun:
             "a whole model; take this way out, or merge the adapter first"
         )
     own = context.config.dpo or DpoConfig()
+    if own.labels != "given":
+        raise ConfigError(
+            f"reversal.ways: {way} undoes a training on the labels that the data give, and "
+            f"dpo.labels is {own.labels}; take this way out, or set dpo.labels to given"
+        )
     settings = own.model_copy(
         update={
-            "loss_type": LOSSES[way] or own.loss_type,
-            "max_steps": config.steps or own.max_steps,
+            "max_steps": config.steps or _steps_taken(context) or own.max_steps,
             "learning_rate": config.learning_rate or own.learning_rate,
+            "stop_at_kl": None,  # it is measured to where training begins: here, the tuned model
             "lora": None,
+            **LOSSES[way],
         }
     )
     pair = ModelPair.configured(models, context.base_path, tuned)
@@ -125,6 +150,13 @@ def _train(context: StageContext, config: ReversalConfig, way: str) -> DpoRun:
         reporter=context.reporter,
         ranks=context.ranks,
     )
+
+
+def _steps_taken(context: StageContext) -> int | None:
+    """How many steps the training took that is to be undone; None if it was not of this run."""
+    if "dpo" not in context.inputs:
+        return None
+    return int(context.result("dpo")["curve"]["train"][-1]["step"])
 
 
 def swapped(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
@@ -212,14 +244,19 @@ class _Bench:
             return json_of(bootstrap_ratio(above, below, clusters, **options))
 
         own, whole = margins(read.to_base), margins(self.tuned.to_base)
+        back = ratio_effect(whole - own, whole, clusters, **options)
         chosen, rejected = answers.chosen, slice(answers.pairs, None)
         found: dict[str, Json] = {
             "reward_margin": json_of(bootstrap_mean(own, clusters, **options)),
             "accuracy": json_of(
                 bootstrap_mean((own > 0).double() + 0.5 * (own == 0).double(), clusters, **options)
             ),
-            "way_back": share(whole - own, whole),
+            "way_back": json_of(back.interval),
         }
+        if back.interval is None:
+            found["way_back_why"] = (
+                f"the tuned model's margin is told from 0 by nothing: {back.why}"
+            )
         for name, scores in (("base", read.to_base), ("tuned", read.to_tuned)):
             found[f"kl_to_{name}"] = share(scores.kl[0, chosen], scores.tokens[chosen].double())
         before = self.tuned.to_base.kl[0]

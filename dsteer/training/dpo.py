@@ -57,7 +57,6 @@ from dsteer.training.evaluate import (
 )
 from dsteer.training.examples import Example, Row, encode_pairs, fitting, to_rows
 from dsteer.training.methods import (
-    check_method,
     check_model,
     first_loss,
     method_arguments,
@@ -148,7 +147,6 @@ def check_config(config: DpoConfig, device: str, dtype: str) -> None:
             f"dpo.loss_type: TRL knows no {config.loss_type!r}"
             f"{did_you_mean(config.loss_type, losses)} (all: {', '.join(losses)})"
         )
-    check_method(config)
     if dtype == "float16":
         raise ConfigError(
             "models.dtype: float16 weights can't be trained (gradients overflow); use float32 or "

@@ -33,37 +33,6 @@ with warnings.catch_warnings():
     from trl.experimental.cpo import CPOConfig, CPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-SMOOTHED = ("sigmoid", "robust", "exo_pair")
-"""The losses of DPO that ``label_smoothing`` changes; of the other methods, simpo and cpo."""
-
-
-def check_method(config: DpoConfig) -> None:
-    """Refuse settings that the method does not have.
-
-    Raises:
-        ConfigError: a DPO loss with another method, smoothing that would do nothing, or none where
-            the loss is made of it.
-    """
-    if config.method != "dpo" and config.loss_type != "sigmoid":
-        raise ConfigError(
-            f"dpo.loss_type: {config.loss_type} is a loss of method: dpo, not of method: "
-            f"{config.method}; drop one of them"
-        )
-    smoothed = config.method in {"simpo", "cpo"} or (
-        config.method == "dpo" and config.loss_type in SMOOTHED
-    )
-    if config.label_smoothing and not smoothed:
-        loss = config.loss_type if config.method == "dpo" else config.method
-        raise ConfigError(
-            f"dpo.label_smoothing: {config.label_smoothing} changes nothing in the loss {loss}; "
-            f"set it to 0, or choose one of {', '.join(SMOOTHED)}, simpo, cpo"
-        )
-    if config.loss_type == "robust" and not config.label_smoothing:
-        raise ConfigError(
-            "dpo.label_smoothing: 0 makes the loss robust that of plain DPO; set the share of "
-            "labels that may be swapped, such as 0.1"
-        )
-
 
 def check_model(config: DpoConfig, encoder_decoder: bool, ranks: Ranks) -> None:
     """Refuse models and launches that only DPO has.

@@ -15,10 +15,17 @@ from dsteer.config import ClaimsConfig
 NO_NULL = Control(None, "the pipeline names no null coin_flip")
 
 
+HERE = f"{CHOSEN}, {TOKENS}"
+
+
+def margins_at(values: dict[str, np.ndarray], place: str = HERE, beta: float = 0.1) -> Margins:
+    return Margins(values, place, tuple(CONVERSATIONS), beta)
+
+
 def evidence(
     found: dict[str, Any], *, margin: float = 1.0, seed: int = 0, lora: int | None = None
 ) -> Evidence:
-    own = Margins(margins(margin, seed), tuple(CONVERSATIONS), 0.1, f"{CHOSEN}, {TOKENS}")
+    own = margins_at({HERE: margins(margin, seed)})
     return Evidence("pair", found, own if "profile" in found else None, lora)
 
 
@@ -73,17 +80,26 @@ SITE = ("sites", CHOSEN)
                                                                  "high": None}), "not reached"),
         ("low_dimensional", without("rank", *SITE, "k90", random={"value": 3, "low": 2, "high": 4}),
          "no more"),
-        ("constant_suffices", without("profile", *PLACE, efficiency=around(0.81)), "below 0.8"),
-        ("constant_suffices", without("profile", *PLACE, inert=True), "inert"),
-        ("constant_suffices", without("profile", *PLACE, "v", kl_recovered=around(0.06)),
-         "random directions"),
+        ("constant_suffices", without("profile", *PLACE, "v", kl_recovered_answers=around(0.81)),
+         "below 0.8"),
+        ("constant_suffices", without("profile", *PLACE, "random", kl_recovered_answers={
+            "low": -0.1, "median": 0.0, "high": 0.89, "v": 0.95}), "at most"),
+        ("constant_suffices", without("profile", *PLACE, "random", kl_recovered_answers={
+            "low": -0.1, "median": 0.0, "high": 0.1, "v": 0.09}), "on the same pairs 0.09"),
         ("preference_specific", without("dpo", learned=False), "did not learn"),
         ("preference_specific", without("profile", *PLACE, "v", reward_margin=around(0.1)),
          "not above random"),
+        ("preference_specific", without("profile", *PLACE, "random", reward_margin={
+            "low": -0.1, "median": 0.0, "high": 0.1, "v": 0.09}), "not above random"),
         ("reversible", without("inversion", "metrics", "kl_recovered",
                                curves={"v": [around(0.81)] * 5}), "below 0.8"),
         ("reversible", without("inversion", "metrics", "kl_recovered",
-                               random={"low": [0.0] * 5, "mean": [0.5] * 5, "high": [0.95] * 5}),
+                               random={"low": [0.0] * 5, "mean": [0.5] * 5, "high": [0.95] * 5,
+                                       "v": [1.0] * 5}),
+         "random directions recover up to"),
+        ("reversible", without("inversion", "metrics", "kl_recovered",
+                               random={"low": [0.0] * 5, "mean": [0.1] * 5, "high": [0.2] * 5,
+                                       "v": [0.1] * 5}),
          "random directions recover up to"),
     ],
 )  # fmt: skip
@@ -110,9 +126,12 @@ def test_each_condition_alone_refuses(claim: str, found: dict[str, Any], why: st
         ("constant_suffices", without("profile"), "profile did not run"),
         ("constant_suffices", without("profile", chosen={"site": None, "tokens": None}),
          "chose no place"),
-        ("constant_suffices", without("profile", *PLACE, efficiency=None,
-                                      efficiency_why="patching recovers nothing"),
-         "patching recovers nothing"),
+        ("constant_suffices", without("profile", *PLACE, "v", kl_recovered_answers=None),
+         "no interval"),
+        ("low_dimensional", without("rank", *SITE, patched=around(0.0)), "not told from nothing"),
+        ("low_dimensional", without("rank", *SITE, "k90", oracle={
+            "value": 1, "low": None, "high": None, "resampled": False}), "one conversation"),
+        ("reversible", without("inversion", strengths=[-1.0, 0.0, 0.5, 1.1, 2.0]), "λ = 1 was not"),
         ("preference_specific", without("profile"), "profile did not run"),
         ("reversible", without("inversion"), "inversion did not run"),
         ("reversible", without("inversion", "metrics", "kl_recovered", curves={"v": [None] * 5}),
@@ -189,8 +208,9 @@ def test_the_control_must_have_the_same_pairs_and_scale() -> None:
     own = evidence(results())
     assert own.margins is not None
     for other in (
-        Margins(own.margins.values, ("elsewhere",) * PAIRS, 0.1, "x"),
-        Margins(own.margins.values, own.margins.conversations, 0.5, "x"),
+        Margins(own.margins.values, HERE, ("elsewhere",) * PAIRS, 0.1),
+        margins_at(dict(own.margins.values), beta=0.5),
+        margins_at({"elsewhere": own.margins.own}, "elsewhere"),
     ):
         control = Control(Evidence("coin_flip", results(), other))
         assert grade("preference_specific", own, control).verdict == "not tested"
@@ -208,10 +228,8 @@ def test_the_difference_is_paired_over_conversations() -> None:
     # 40 pairs of 20 conversations: the spread of the mean is that of 20 means of two, by hand
     pairs = (own - other).reshape(-1, 2).mean(axis=1)
     spread = pairs.std() / np.sqrt(len(pairs))
-    control = Control(
-        Evidence("coin_flip", results(), Margins(other, tuple(CONVERSATIONS), 0.1, "x"))
-    )
-    pair = Evidence("pair", results(), Margins(own, tuple(CONVERSATIONS), 0.1, "x"))
+    control = Control(Evidence("coin_flip", results(), margins_at({HERE: other})))
+    pair = Evidence("pair", results(), margins_at({HERE: own}))
     found = grade("preference_specific", pair, control).number
     assert found["value"] == pytest.approx((own - other).mean(), abs=1e-12)
     # 300 draws know the ends of a normal interval to about 15 % of its width
@@ -228,3 +246,29 @@ def test_a_base_against_itself_tests_nothing() -> None:
     pair = Evidence("self", found, None)
     for rule in rules(ClaimsConfig(), 0):
         assert rule.grade(pair, FLIPPED).verdict == "not tested", rule.name
+
+
+def test_the_control_is_held_against_at_its_own_place_and_at_the_pairs() -> None:
+    """Two trainings of the same margins everywhere, whose profiles chose different places."""
+    both = {HERE: margins(1.0, 3), "final_norm, prompt_last": margins(0.2, 4)}
+    pair = Evidence("pair", results(), margins_at(both))
+    control = Control(Evidence("coin_flip", results(), margins_at(both, "final_norm, prompt_last")))
+    found = grade("preference_specific", pair, control)
+    assert found.verdict == "not supported"
+    assert found.number["value"] == 0
+
+
+def test_a_place_that_holds_little_of_the_change_is_said() -> None:
+    """v* is all of what the first answer token's change is, and that is little of the answers."""
+    found = without("profile", *PLACE, "v", kl_recovered_answers=around(0.044, 0.01))
+    found["profile"]["sites"][CHOSEN]["prompt_last"] = found["profile"]["sites"][CHOSEN][TOKENS]
+    found["profile"]["sites"][CHOSEN]["prompt_last"]["patched"]["kl_recovered_answers"] = around(
+        0.045
+    )
+    found["profile"]["chosen"]["tokens"] = "prompt_last"
+    found["rank"]["sites"][CHOSEN]["tokens"] = "prompt_last"
+    graded = grade("constant_suffices", evidence(found))
+    assert graded.verdict == "not supported"
+    assert "recovers 0.045" in graded.beside[0]
+    assert "of the first answer token's KL, v* recovers 0.947" in graded.beside[0]
+    assert "0.045" in grade("low_dimensional", evidence(found)).beside[0]

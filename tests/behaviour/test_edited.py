@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,11 @@ def test_splits_are_read_from_the_data(tmp_path: Path) -> None:
         row.prompt + row.rejected[:5] for row in want
     ]
     assert its.split("test", 3, chosen=True).answers.texts == split.answers.texts[:3]
+    # pairs without two answers do not take the places of those that have them
+    bare = [replace(pair, chosen=None, rejected=None) for pair in World(1).pairs(3)]
+    write_pairs(tmp_path / "test.jsonl", [*bare, *pairs])
+    assert its.split("test", 3).answers.texts == split.answers.texts
+    write_pairs(tmp_path / "test.jsonl", pairs)
     with pytest.raises(DataError, match="none of which fits"):
         bench(made.pair, tmp_path, max_tokens=2, response_tokens=1).split("test", 3)
 

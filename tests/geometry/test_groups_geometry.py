@@ -59,3 +59,12 @@ def test_the_jackknife_covers_planted_means_and_leaves_out_whole_conversations()
     assert again is not None
     assert again.value == pytest.approx(plain.value)
     assert again.low != plain.low
+
+
+def test_a_group_of_one_conversation_has_no_ends() -> None:
+    rng = np.random.default_rng(2)
+    deltas = [np.eye(2, 6)[g] * 3 + rng.normal(size=(8, 6)) for g in range(2)]
+    several, lone = [str(n) for n in range(8)], ["only"] * 8
+    for found in rank_intervals(deltas, [several, lone]):
+        assert found is not None
+        assert (found.low, found.high) == (None, None)

@@ -14,7 +14,7 @@ from measured import measure
 from planted import planted_pair
 from test_planted_measurement import write_data
 
-from dsteer.config import PipelineConfig
+from dsteer.config import PipelineConfig, resolved
 from dsteer.progress import SILENT
 from dsteer.report.claims_tables import CLAIMS
 from dsteer.stages import StageContext, call
@@ -33,20 +33,34 @@ FAILED = PASSED | {
 STAGES = ("vector", "cosine", "spectrum", "profile", "rank", "maps", "strength", "inversion")
 
 
+PIPELINE = {
+    "name": "made-up",
+    "data": {"sources": [{"format": "synthetic"}]},
+    "models": {"base": "base"},
+    "dpo": {},
+    "activations": {},
+    **{stage: {} for stage in STAGES},
+    "claims": {"bootstrap": 200},
+}
+"""The pair's."""
+
+
+def settings(**dpo: Any) -> dict[str, Any]:
+    """The config in the manifest of a null that changes the training so."""
+    own = resolved(PipelineConfig.model_validate(PIPELINE))
+    return own | {"dpo": own["dpo"] | dpo}
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "coin_flip": {"labels": "coin_flip"}, "swapped": {"labels": "swapped"},
+    "second_seed": {"seed": 1},
+}  # fmt: skip
+
+
 def graded(run: Path, nulls: Iterable[str], checked: Json = PASSED, **config: Any) -> Json:
     """The stage's result over a run folder."""
     pipeline = PipelineConfig.model_validate(
-        {
-            "name": "made-up",
-            "data": {"sources": [{"format": "synthetic"}]},
-            "models": {"base": "base"},
-            "dpo": {},
-            "activations": {},
-            **{stage: {} for stage in STAGES},
-            "claims": {"bootstrap": 200},
-            "nulls": {name: {"dpo.seed": 9} for name in nulls},
-            **config,
-        }
+        {**PIPELINE, "nulls": {name: {"dpo.seed": 9} for name in nulls}, **config}
     )
     for stage in ("data", "activations"):
         (run / stage).mkdir(exist_ok=True)
@@ -63,7 +77,8 @@ def graded(run: Path, nulls: Iterable[str], checked: Json = PASSED, **config: An
 def null(
     run: Path, name: str, seed: int, config: dict[str, Any] | None = None, **changes: Any
 ) -> Path:
-    return write_run(run / "nulls" / name, results(**changes), config=config, seed=seed)
+    known = settings(**CHANGES.get(name, {}))
+    return write_run(run / "nulls" / name, results(**changes), config=config or known, seed=seed)
 
 
 def test_pair_and_nulls_are_graded_by_the_same_rules(tmp_path: Path) -> None:
@@ -71,7 +86,7 @@ def test_pair_and_nulls_are_graded_by_the_same_rules(tmp_path: Path) -> None:
     nulls = {
         "coin_flip": null(run, "coin_flip", 1, patched=0.9, own=0.2, margin=0.02, cosine=0.3),
         "second_seed": null(run, "second_seed", 2, margin=0.9),
-        "again": null(run, "again", 3, {"dpo": {"seed": 3}}, margin=0.9),
+        "again": null(run, "again", 3, settings(seed=1), margin=0.9),
         "swapped": null(run, "swapped", 4, margin=-1.0),
         "broken": tmp_path / "nowhere",
     }
@@ -108,29 +123,47 @@ def test_pair_and_nulls_are_graded_by_the_same_rules(tmp_path: Path) -> None:
 
 
 def test_seeds_are_counted_by_what_a_null_changes(tmp_path: Path) -> None:
-    pipeline = {"dpo": {}}
     run = write_run(tmp_path / "run", results())
-    own = PipelineConfig.model_validate(
-        {"name": "x", "data": {"sources": [{"format": "synthetic"}]}, "models": {"base": "b"}}
-        | pipeline
-    ).model_dump(mode="json")
-    for name, change in (
-        ("third", {"seed": 7}),
-        ("lower", {"lora": {"rank": 4}}),
-        ("flipped", {"labels": "coin_flip"}),
-        ("hot", {"learning_rate": 1.0}),
-    ):
-        null(run, name, 1, own | {"dpo": own["dpo"] | change})
-    names = ("second_seed", "third", "lower", "flipped", "hot")
-    null(run, "second_seed", 2)
-    result = graded(run, names)
+    changes: dict[str, dict[str, Any]] = {
+        "second_seed": {"seed": 1}, "third": {"seed": 7}, "lower": {"lora": {"rank": 4}},
+        "flipped": {"labels": "coin_flip"}, "hot": {"learning_rate": 1.0},
+        "same_again": {"seed": 7},
+    }  # fmt: skip
+    for name, change in changes.items():
+        null(run, name, 1, settings(**change))
+    result = graded(run, (*changes, "failed_seed"))
     assert {entry["name"]: entry["kind"] for entry in result["nulls"]} == {
         "second_seed": "second_seed", "third": "second_seed", "lower": "lora",
-        "flipped": "coin_flip", "hot": "other",
+        "flipped": "coin_flip", "hot": "other", "same_again": "second_seed",
+        "failed_seed": "other",
     }  # fmt: skip
-    assert result["training_seeds"] == 3
+    assert result["training_seeds"] == 3  # its own, 1 and 7: one that is told twice counts once
     assert not any("training seeds" in note for note in result["notes"])
     assert result["pairs"]["lower"]["low_dimensional"] == "supported"
+
+
+def test_a_seed_that_failed_does_not_count(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", results())
+    assert graded(run, ["second_seed"])["training_seeds"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dpo": {"labels": "given"}}, "coin_flip changes dpo.labels"),
+        ({"dpo": {"labels": "coin_flip", "max_steps": 1}}, "coin_flip changes dpo.max_steps"),
+        ({"profile": {"response_tokens": 1}}, "coin_flip changes profile"),
+    ],
+)
+def test_a_coin_flip_that_changes_more_is_no_control(
+    tmp_path: Path, change: dict[str, dict[str, Any]], words: str
+) -> None:
+    run, own = write_run(tmp_path / "run", results()), settings()
+    changed = own | {section: own[section] | keys for section, keys in change.items()}
+    null(run, "coin_flip", 1, changed, margin=0.0)
+    result = graded(run, ["coin_flip"])
+    assert result["headline"]["preference_specific"] == "not tested"
+    assert words in result["claims"][3]["why"]
 
 
 def test_without_nulls_nothing_is_preference_specific(tmp_path: Path) -> None:

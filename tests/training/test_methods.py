@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from dsteer.config import DpoConfig, LoraConfig, TinyModelConfig
@@ -188,15 +189,15 @@ def test_a_stop_needs_pairs_to_measure(base, tokenizer, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "kto", "loss_type": "ipo"}, r"dpo\.loss_type: ipo is a loss of method: dpo"),
+        ({"method": "kto", "loss_type": "ipo"}, "loss_type ipo is a loss of method: dpo"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, r"0\.1 changes nothing in the loss ipo"),
         ({"method": "orpo", "label_smoothing": 0.1}, r"changes nothing in the loss orpo"),
-        ({"loss_type": "robust"}, r"dpo\.label_smoothing: 0 makes the loss robust"),
+        ({"loss_type": "robust"}, "label_smoothing 0 makes the loss robust"),
     ],
 )
-def test_settings_that_a_method_lacks_are_refused(changes, said, base, tokenizer, tmp_path) -> None:
-    with pytest.raises(ConfigError, match=said):
-        train(base, tokenizer, tmp_path, **changes)
+def test_settings_that_a_method_lacks_are_refused(changes, said) -> None:
+    with pytest.raises(ValidationError, match=said):
+        DpoConfig(**changes)
 
 
 def test_models_that_a_method_cannot_train_are_refused() -> None:
