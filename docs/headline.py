@@ -36,7 +36,7 @@ COLUMNS = (
     "effective rank",
     "k₉₀",
     "KL recovered by λv\\*, first token at final_norm",
-    "by v\\*, best place",
+    "KL of whole answers recovered by v\\*, best place",
     "reward accuracy",
 )
 
@@ -113,13 +113,13 @@ def numbers(run: Run, label: str) -> tuple[str, ...]:
 
 
 def best_place(run: Run) -> tuple[str, str]:
-    """Where v* recovers most KL on tune pairs, and how much it does on test pairs."""
+    """Where v* recovers most KL of answers on tune pairs, and how much it does on test pairs."""
     profile, sweep = run.result("profile"), run.result("interpolation")
     chosen = at(profile, "chosen")
     if chosen:
         site, tokens = chosen["site"], chosen["tokens"]
         return f"{site}, {tokens}", interval(
-            at(profile, "sites", site, tokens, "v", "kl_recovered")
+            at(profile, "sites", site, tokens, "v", "kl_recovered_answers")
         )
     curve = at(sweep, "metrics", "kl_recovered", "curves", "v")
     if not curve or 1.0 not in sweep["strengths"]:
@@ -134,7 +134,8 @@ def k90(run: Run) -> str:
     told = []
     for site, found in sites.items():
         k = number(at(found, "k90", "oracle", "value"))
-        told.append(f"{k} of {number(at(found, 'width'))} ({site})" if k != NONE else NONE)
+        place = f"{site}, {at(found, 'tokens')}"
+        told.append(f"{k} of {number(at(found, 'width'))} ({place})" if k != NONE else NONE)
     return ", ".join(told) or NONE
 
 

@@ -66,9 +66,13 @@ def test_numbers_of_a_run_and_of_its_nulls(headline: Any, tmp_path: Path) -> Non
         },
         profile={
             "chosen": {"site": "resid_post.0", "tokens": "all"},
-            "sites": {"resid_post.0": {"all": {"v": {"kl_recovered": about(-0.25)}}}},
+            "sites": {"resid_post.0": {"all": {"v": {"kl_recovered_answers": about(-0.25)}}}},
         },
-        rank={"sites": {"resid_post.0": {"width": 64, "k90": {"oracle": {"value": 3}}}}},
+        rank={
+            "sites": {
+                "resid_post.0": {"width": 64, "tokens": "all", "k90": {"oracle": {"value": 3}}}
+            }
+        },
         claims={
             "claims": [{"name": "shared_shift", "verdict": "supported"}],
             "pairs": {"mine": {}, "coin_flip": {"shared_shift": "not supported"}},
@@ -79,7 +83,7 @@ def test_numbers_of_a_run_and_of_its_nulls(headline: Any, tmp_path: Path) -> Non
     found = headline.block(tmp_path).splitlines()
     assert (
         "| `mine` | resid_post.1 | 0.5 [0.4, 0.6] | 0.25 | 0.4 [0.3, 0.5] | 12.3 "
-        "| 3 of 64 (resid_post.0) | 0.7 [0.6, 0.8] | −0.25 [−0.35, −0.15] (resid_post.0, all) "
+        "| 3 of 64 (resid_post.0, all) | 0.7 [0.6, 0.8] | −0.25 [−0.35, −0.15] (resid_post.0, all) "
         "| 0.8 [0.7, 0.9] |"
     ) in found
     assert (

@@ -36,7 +36,7 @@ MAPS = ("translation", "ridge")
 
 
 def causal_values(read: Callable[[str], dict[str, Json]]) -> dict[str, Json]:
-    """A variant's numbers of dpo, profile, rank, maps and claims.
+    """A variant's numbers of dpo, profile, rank, maps, groups and claims.
 
     Args:
         read: a stage's result, empty where the variant has none.
@@ -46,6 +46,7 @@ def causal_values(read: Callable[[str], dict[str, Json]]) -> dict[str, Json]:
         "profile": _profile(read("profile")),
         "rank": _rank(read("rank"), read("profile")),
         "maps": _maps(read("maps"), read("profile")),
+        "groups": _groups(read("groups")),
         "claims": {
             str(claim["name"]): claim["verdict"] for claim in items(read("claims").get("claims"))
         }
@@ -69,10 +70,25 @@ def _profile(result: dict[str, Json]) -> Json:
     return {
         "site": site,
         "tokens": tokens,
-        **{arm: at(here, arm, "kl_recovered") for arm in ("v", "patched")},
-        "random": at(here, "random", "kl_recovered", "high"),
+        **{arm: at(here, arm, "kl_recovered_answers") for arm in ("v", "patched")},
+        "random": at(here, "random", "kl_recovered_answers", "high"),
         "efficiency": here.get("efficiency"),
         "readout_share": result.get("readout_share"),
+    }
+
+
+def _groups(result: dict[str, Json]) -> Json:
+    """The ranks of the groups' vectors, planted and found, and what taking one off takes."""
+    site = at(result, "headline", "site")
+    here = at(result, "sites", str(site))
+    if here is None:
+        return None
+    return {
+        "site": site,
+        "groups": len(items(result.get("groups"))),
+        "expected": at(result, "expected", "participation"),
+        "participation": at(here, "means", "participation"),
+        **{whose: at(here, "removal", whose, "margin_taken") for whose in ("own", "others")},
     }
 
 
@@ -116,7 +132,7 @@ Reading = tuple[str, str, Callable[[Json], Json]]
 """Words of a series, what it is, and how it is read off a variant's entry."""
 
 PANELS: dict[str, tuple[str, tuple[Reading, ...]]] = {
-    "profile": ("KL recovered", (
+    "profile": ("KL of answers recovered", (
         ("v*", "at the place chosen on tune", lambda v: at(v, "causal", "profile", "v")),
         ("patched", "the tuned states themselves, there",
          lambda v: at(v, "causal", "profile", "patched")))),
@@ -150,6 +166,16 @@ PANELS: dict[str, tuple[str, tuple[Reading, ...]]] = {
     "centred": ("effective rank, centred", (
         ("centred ΔH", "exp of the spectral entropy with p = 1, at the chosen site",
          lambda v: at(v, "at", "chosen", "effective_rank_centred")),)),
+    "groups": ("rank of the groups' v", (
+        ("found", "participation of the mean displacements of the groups of prompts",
+         lambda v: at(v, "causal", "groups", "participation")),
+        ("planted", "participation of the planted preferences",
+         lambda v: at(v, "causal", "groups", "expected")))),
+    "removal": ("margin taken with one v", (
+        ("its own", "share of a group's margin that taking its vector off takes",
+         lambda v: at(v, "causal", "groups", "own")),
+        ("the others'", "share of the other groups' margins that it takes too",
+         lambda v: at(v, "causal", "groups", "others")))),
     "accuracy": ("DPO: accuracy", (
         ("implicit reward", "share of test pairs whose chosen answer has the higher one",
          lambda v: at(v, "causal", "dpo", "reward_accuracy")),)),
@@ -197,6 +223,7 @@ def causal_findings(variants: dict[str, Json]) -> list[Point]:
     for title, say in (
         ("What states cause", _profile_words),
         ("Directions and maps", _dimension_words),
+        ("Groups of prompts", _group_words),
     ):
         said = [f"{name}: {words}" for name, v in variants.items() if (words := say(v))]
         points += [(title, said)] if said else []
@@ -241,6 +268,23 @@ def _dimension_words(variant: Json) -> str:
         if known:
             said.append(f"of Δ at {maps['site']} explained {' and '.join(known)}")
     return "; ".join(said) + "." if said else ""
+
+
+def _group_words(variant: Json) -> str:
+    here = at(variant, "causal", "groups")
+    if here is None or here["groups"] < 2:
+        return ""
+    text = (
+        f"the vectors of {here['groups']} groups at {here['site']} have rank (participation) "
+        f"{interval(here['participation'])}, the planted preferences "
+        f"{number(real(here['expected']))}"
+    )
+    if point(here["own"]) is not None:
+        text += (
+            f"; taking one off takes {interval(here['own'])} of its group's margin and "
+            f"{interval(here['others'])} of the others'"
+        )
+    return text + "."
 
 
 def _claim_words(variants: dict[str, Json]) -> list[str]:

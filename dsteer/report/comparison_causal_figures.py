@@ -18,7 +18,7 @@ from dsteer.store import Json
 _COLUMNS = 4
 """Panels side by side."""
 
-_SHARES = ("profile", "efficiency", "r2", "maps_kl")
+_SHARES = ("profile", "efficiency", "r2", "maps_kl", "removal")
 """Panels of shares: 0 and 1 are drawn as lines."""
 
 _COUNTS = ("k90", "k50")

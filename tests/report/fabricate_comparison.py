@@ -23,7 +23,14 @@ def causal(i: int) -> dict[str, Any]:
     """A variant's causal numbers; the third one on has none but its training's."""
     dpo = {"reward_accuracy": 0.9, "reward_margin": 1.5, "kl_to_base": 0.02 + 0.01 * i}
     if i > 1:
-        return {"dpo": dpo, "profile": None, "rank": None, "maps": None, "claims": None}
+        return {
+            "dpo": dpo,
+            "profile": None,
+            "rank": None,
+            "maps": None,
+            "groups": None,
+            "claims": None,
+        }
     return {
         "dpo": dpo,
         "profile": {
@@ -42,6 +49,10 @@ def causal(i: int) -> dict[str, Any]:
             "site": "resid_post.2", "tokens": "prompt_last",
             "r2": {"translation": around(0.5), "ridge": around(0.7)},
             "kl": {"translation": around(0.6), "ridge": around(0.8)},
+        },
+        "groups": None if i else {
+            "site": "resid_post.2", "groups": 2, "expected": 2.0, "participation": around(1.2),
+            "own": around(0.6), "others": around(0.5),
         },
         "claims": {
             "shared_shift": "supported",

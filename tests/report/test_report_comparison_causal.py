@@ -19,9 +19,9 @@ NAMES = ("none", "both", "plain")
 def measured(efficiency: Json) -> dict[str, dict[str, Json]]:
     """Results of the stages of one variant, in their own forms, worked out by hand."""
     place = {
-        "v": {"kl_recovered": around(0.3), "reward_margin": None},
-        "patched": {"kl_recovered": around(0.6), "reward_margin": None},
-        "random": {"kl_recovered": {"low": -0.1, "median": 0.0, "high": 0.1}},
+        "v": {"kl_recovered": around(0.9), "kl_recovered_answers": around(0.3)},
+        "patched": {"kl_recovered": around(0.9), "kl_recovered_answers": around(0.6)},
+        "random": {"kl_recovered_answers": {"low": -0.1, "median": 0.0, "high": 0.1}},
         "efficiency": efficiency,
     }
     reached = {"value": 3, "low": 2, "high": 5}
@@ -47,6 +47,20 @@ def measured(efficiency: Json) -> dict[str, dict[str, Json]]:
             "sites": {"resid_post.1": {"r2": {"translation": around(0.4), "ridge": around(0.5)}}},
             "kl": {"resid_post.1": {"tokens": "all", "recovered": {"translation": around(0.1)}}},
         },
+        "groups": {
+            "headline": {"site": "resid_post.1"},
+            "groups": [{"name": "a"}, {"name": "b"}],
+            "expected": {"participation": 2.0},
+            "sites": {
+                "resid_post.1": {
+                    "means": {"participation": around(1.5)},
+                    "removal": {
+                        "own": {"margin_taken": around(0.8)},
+                        "others": {"margin_taken": around(0.1)},
+                    },
+                }
+            },
+        },
         "claims": {"claims": [{"name": "shared_shift", "verdict": "supported"}]},
     }
 
@@ -64,6 +78,10 @@ def test_numbers_are_read_where_the_profile_chose() -> None:
     assert found["maps"]["kl"] == {"translation": around(0.1), "ridge": None}
     assert found["claims"] == {"shared_shift": "supported"}
     assert found["dpo"]["kl_to_base"] == 0.02
+    assert found["groups"] == {
+        "site": "resid_post.1", "groups": 2, "expected": 2.0, "participation": around(1.5),
+        "own": around(0.8), "others": around(0.1),
+    }  # fmt: skip
 
 
 def test_a_variant_without_the_stages_has_none() -> None:
@@ -73,7 +91,13 @@ def test_a_variant_without_the_stages_has_none() -> None:
 def test_rows_and_matrix_tell_each_variant_and_leave_what_it_lacks_blank() -> None:
     tables = {table.key: table for table in comparison_tables(comparison(NAMES))}
     rows = {row[0]: row[1:-1] for row in tables["comparison-variants"].rows}
-    assert rows["KL recovered: v*"] == [interval(around(0.6)), interval(around(0.0)), DASH]
+    assert rows["KL of answers recovered: v*"] == [
+        interval(around(0.6)),
+        interval(around(0.0)),
+        DASH,
+    ]
+    assert rows["rank of the groups' v: planted"] == ["2.00", DASH, DASH]
+    assert rows["margin taken with one v: the others'"] == [interval(around(0.5)), DASH, DASH]
     assert rows["k₉₀: deployable"][0].startswith("4")
     assert rows["k₉₀: deployable"][1:] == [DASH, DASH]
 
@@ -83,6 +107,9 @@ def test_findings_tell_what_random_directions_reach_too() -> None:
     first, second = said["What states cause"]
     assert "random" not in first
     assert "not told from random directions" in second
+    (words,) = said["Groups of prompts"]
+    assert "rank (participation) 1.2" in words
+    assert "the planted preferences 2.00;" in words
     assert said["Claims"][1] == "low dimensional: supported in none; not supported in both."
 
 
