@@ -710,7 +710,8 @@ def _notes(
         if pair["why"] is not None:
             reasons.setdefault(pair["why"], []).append(f"{pair['a']} and {pair['b']}")
     notes += [
-        f"No cosine or angle is defined between {'; '.join(who)}: {why}."
+        f"No cosine or angle is defined between "
+        f"{'; '.join(who) if len(who) < len(pairs) or len(who) < 4 else 'any two variants'}: {why}."
         for why, who in reasons.items()
     ]
     for name, variant in variants.items():
