@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from dsteer.report.style import INK, SHADES, WIDE, Drawing
 from dsteer.report.values import at, items, mapping, point
@@ -27,7 +28,7 @@ def group_cosines(result: dict[str, Json], _folder: Path) -> Drawing | None:
             value = point(at(cell, "cosine"))
             matrix[a, b] = matrix[b, a] = np.nan if value is None else value
         matrices[site] = matrix
-    figure = _maps(matrices, names, names, "group", "group", "|cos|")
+    figure = _maps(matrices, names, "group", "group", "|cos|")
     data: dict[str, Json] = {
         "groups": list(names),
         "cosines": {site: at(row, "cosines") for site, row in sites.items()},
@@ -55,7 +56,7 @@ def group_removal(result: dict[str, Json], _folder: Path) -> Drawing | None:
     }
     if all(np.isnan(matrix).all() for matrix in matrices.values()):
         return None
-    figure = _maps(matrices, names, names, "measured on group", "removed vector of", "|share|")
+    figure = _maps(matrices, names, "measured on group", "removed vector of", "|share|")
     data: dict[str, Json] = {
         "groups": list(names),
         "removal": {site: at(row, "removal") for site, row in sites.items()},
@@ -69,19 +70,19 @@ def group_removal(result: dict[str, Json], _folder: Path) -> Drawing | None:
 
 def _maps(
     matrices: dict[str, np.ndarray],
-    rows: list[str],
-    columns: list[str],
+    names: list[str],
     across: str,
     down: str,
     words: str,
 ) -> Figure:
-    figure = Figure(figsize=(WIDE, 1.7 + 0.36 * len(rows)), layout="constrained")
+    shown = _short(names)
+    figure = Figure(figsize=(WIDE, 1.7 + 0.36 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(matrices), squeeze=False)[0]
     for panel, (site, matrix) in zip(panels, matrices.items(), strict=True):
-        image = _map(panel, matrix, columns)
+        image = _map(panel, matrix, shown)
         panel.set_title(site)
         panel.set_xlabel(across)
-    panels[0].set_yticks(range(len(rows)), rows)
+    panels[0].set_yticks(range(len(names)), shown)
     panels[0].set_ylabel(down)
     for panel in panels[1:]:
         panel.set_yticks([])
@@ -89,7 +90,14 @@ def _maps(
     return figure
 
 
-def _map(axes: Axes, matrix: np.ndarray, columns: list[str]):  # type: ignore[no-untyped-def]
+def _short(names: list[str]) -> list[str]:
+    """``polite=1 +7`` for a group of eight axes, where this still tells the groups apart."""
+    parts = [name.split() for name in names]
+    short = [one[0] + (f" +{len(one) - 1}" if len(one) > 1 else "") for one in parts if one]
+    return short if len(set(short)) == len(names) else names
+
+
+def _map(axes: Axes, matrix: np.ndarray, columns: list[str]) -> AxesImage:
     image = axes.imshow(np.abs(matrix), cmap=SHADES, vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
     axes.grid(False)
