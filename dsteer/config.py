@@ -64,7 +64,7 @@ def _auto_or_site(value: str) -> str:
     return value
 
 
-Site = Annotated[str, AfterValidator(_site)]
+Sites = Annotated[tuple[Annotated[str, AfterValidator(_site)], ...], Field(min_length=1)]
 Places = Annotated[tuple[Annotated[str, AfterValidator(_auto_or_site)], ...], Field(min_length=1)]
 """Sites of a stage, ``auto`` among them."""
 
@@ -1007,7 +1007,7 @@ EditedTokens = Literal["prompt_last", "all", "generated"]
 class ProfileConfig(EditedConfig):
     """Causal layer profile: patch the tuned state in, add v*, add random directions, by site."""
 
-    sites: Literal["all"] | Annotated[tuple[Site, ...], Field(min_length=1)] = Field(
+    sites: Literal["all"] | Sites = Field(
         "all", description="all, or names such as resid_post.3 and final_norm."
     )
     tokens: tuple[EditedTokens, ...] = Field(
@@ -1036,7 +1036,7 @@ class RankConfig(EditedConfig):
 class MapsConfig(EditedConfig):
     """Nested maps from base to tuned states: scale, translation, both, reduced-rank, ridge."""
 
-    sites: Literal["all"] | Annotated[tuple[Site, ...], Field(min_length=1)] = Field(
+    sites: Literal["all"] | Sites = Field(
         "all", description="Sites whose R² is measured on the run's own states."
     )
     kl_sites: Places = Field(

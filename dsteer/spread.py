@@ -61,11 +61,11 @@ def _share_first(
 ) -> list[Variant]:
     """Run the stages that several variants have in common, each once, and hand them on.
 
-    Returns:
-        the variants whose folders are theirs to write.
-
     What a shared stage reads is shared too, as its fingerprint holds theirs: such stages can be run
     alone, in order, whatever of the variant lies between them.
+
+    Returns:
+        the variants whose folders are theirs to write.
     """
     prints = {
         variant.name: {

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from dsteer.behaviour.profile import TIE
 from dsteer.config import ClaimsConfig
 from dsteer.geometry.inference import holm, paired_difference
 from dsteer.geometry.intervals import Interval, bootstrap_mean
@@ -29,9 +30,6 @@ from dsteer.report.values import (
     site_order,
 )
 from dsteer.store import Json
-
-NOTHING_TOLD = 1e-6
-"""A share of KL whose lower end is no larger is not told from nothing."""
 
 Verdict = Literal["supported", "not supported", "not tested"]
 
@@ -239,7 +237,7 @@ class LowDimensional:
         if at(oracle, "resampled") is False:
             return _untested("one conversation gives no interval of k₉₀", told, beside=beside)
         least = estimate(at(found, "patched")).low
-        if least is None or least <= NOTHING_TOLD:
+        if least is None or least <= TIE:
             why = "what patching recovers is not told from nothing"
             return _untested(why, told, beside=beside)
         never = "" if point(random) is not None else f" (not reached with {most:.0f})"

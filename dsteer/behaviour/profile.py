@@ -123,7 +123,7 @@ def metrics(bench: Bench, split: Split, effects: Effects, site: str, kind: str) 
     margin = None if effects.margin is None else mean(bench, split, effects.margin[row])
     return {
         "kl_recovered": json_of(recovered(bench, split, effects, site, kind)),
-        "kl_recovered_answers": json_of(recovered_of_answers(bench, split, effects, site, kind)),
+        "kl_recovered_answers": json_of(recovered(bench, split, effects, site, kind, answers=True)),
         "reward_margin": json_of(margin),
     }
 
@@ -140,24 +140,20 @@ def mean(bench: Bench, split: Split, values: Float[Tensor, " m"]) -> Interval | 
 
 
 def recovered(
-    bench: Bench, split: Split, effects: Effects, site: str, kind: str
+    bench: Bench, split: Split, effects: Effects, site: str, kind: str, *, answers: bool = False
 ) -> Interval | None:
-    """R of an edit; None where it was not made, or nothing is to be recovered."""
+    """R of an edit; None where it was not made, or nothing is to be recovered.
+
+    With ``answers`` over all tokens of the answers, one denominator whatever tokens are changed, so
+    that places can be compared.
+    """
     row = effects.row(site, kind)
     if row is None:
         return None
-    return bench.ratio(effects.kl_base - effects.kl[row], effects.kl_base, split)
-
-
-def recovered_of_answers(
-    bench: Bench, split: Split, effects: Effects, site: str, kind: str
-) -> Interval | None:
-    """R over all tokens of the answers: one denominator, so that places can be compared."""
-    row = effects.row(site, kind)
-    if row is None:
-        return None
-    gains = effects.answers_base - effects.answers[row]
-    return bench.ratio(gains, effects.answers_base, split)
+    after, before = (
+        (effects.answers, effects.answers_base) if answers else (effects.kl, effects.kl_base)
+    )
+    return bench.ratio(before - after[row], before, split)
 
 
 def efficiency(

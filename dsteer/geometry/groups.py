@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -80,13 +80,12 @@ def rank_intervals(
     means = np.stack([rows.mean(axis=0) for rows in deltas])
     value, n = ranks(means, sizes), sum(sizes)
     left: list[Ranks] = []
-    lone = False
     for number, (rows, keys) in enumerate(zip(deltas, clusters, strict=True)):
         counts = cluster_sums(np.ones(len(rows)), keys)
         for total, count in zip(cluster_sums(rows, keys), counts, strict=True):
             rest = int(sizes[number] - count)
             if rest == 0:
-                lone = True
+                left.append(replace(value, participation=None, centred_participation=None))
                 continue
             changed, shrunk = means.copy(), [*sizes]
             changed[number] = (means[number] * sizes[number] - total) / rest
@@ -97,10 +96,6 @@ def rank_intervals(
         middle = getattr(value, name)
         others = np.array([getattr(item, name) for item in left], dtype=float)
         found.append(
-            None
-            if middle is None
-            else Interval(middle, None, None, n)
-            if lone
-            else jackknifed(middle, others, n, confidence, least=0.0)
+            None if middle is None else jackknifed(middle, others, n, confidence, least=0.0)
         )
     return found[0], found[1]

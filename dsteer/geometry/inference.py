@@ -386,17 +386,17 @@ def least_count(
     if total[0] <= 0:
         return None
     steps = np.asarray(counts, float)
-    value = _least(total[None], share, steps)[0]
+    value = least_steps(total[None], share, steps)[0]
     sums = cluster_sums(rows, clusters)
     if len(sums) < 2:
-        return LeastCount(_count(value), None, None, resampled=False)
-    found = _least(bootstrap_sums(sums, draws, seed), share, steps)
+        return LeastCount(finite_count(value), None, None, resampled=False)
+    found = least_steps(bootstrap_sums(sums, draws, seed), share, steps)
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     low, high = np.quantile(found, tails, method="inverted_cdf")
-    return LeastCount(_count(value), _count(low), _count(high), resampled=True)
+    return LeastCount(finite_count(value), finite_count(low), finite_count(high), resampled=True)
 
 
-def _least(
+def least_steps(
     totals: Float[np.ndarray, "b m"], share: float, steps: Float[np.ndarray, " k"]
 ) -> Float[np.ndarray, " b"]:
     """The least step whose number reaches a share of the row's first; ∞ where none does."""
@@ -404,7 +404,8 @@ def _least(
     return np.where(hits.any(axis=1), steps[hits.argmax(axis=1)], np.inf)
 
 
-def _count(k: float) -> int | None:
+def finite_count(k: float) -> int | None:
+    """A count; None of ∞, where none was reached."""
     return int(k) if math.isfinite(k) else None
 
 

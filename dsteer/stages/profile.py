@@ -24,7 +24,7 @@ from dsteer.behaviour.profile import (
     metrics,
     random_band,
     readout_share,
-    recovered_of_answers,
+    recovered,
     tuned_margins,
 )
 from dsteer.config import ProfileConfig
@@ -96,7 +96,7 @@ class _Profile:
                 if added:
                     found = measure(bench, model, tune, tokens, added, self.beta)
                     for site in self.vectors:
-                        share = recovered_of_answers(bench, tune, found, site, "v")
+                        share = recovered(bench, tune, found, site, "v", answers=True)
                         on_tune[site, tokens] = None if share is None else share.value
                 effects = measure(
                     bench, model, test, tokens,

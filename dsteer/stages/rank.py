@@ -17,7 +17,7 @@ from torch import Tensor
 from dsteer.activations.sites import FINAL_NORM
 from dsteer.behaviour.edited import Bench, Place, Split, json_of, places, rows_of
 from dsteer.config import RankConfig
-from dsteer.geometry.inference import least_count
+from dsteer.geometry.inference import finite_count, least_count, least_steps
 from dsteer.geometry.subspaces import (
     PENALTIES,
     Coefficients,
@@ -249,14 +249,13 @@ class _Rank:
             if whole <= 0:
                 reached[name] = None
                 continue
-            first = [
-                _first(total >= share * whole, ks) for total in (np.median(totals, axis=0), *totals)
-            ]
-            ends = sorted(np.inf if k is None else k for k in first[1:])
+            rows = np.vstack([np.median(totals, axis=0), totals])
+            rows = np.column_stack([np.full(len(rows), whole), rows])
+            first, *drawn = least_steps(rows, share, np.asarray(ks, float)).tolist()
             reached[name] = {
-                "value": first[0],
-                "low": _finite(ends[0]),
-                "high": _finite(ends[-1]),
+                "value": finite_count(first),
+                "low": finite_count(min(drawn)),
+                "high": finite_count(max(drawn)),
                 "resampled": True,
             }
         return reached
@@ -299,12 +298,3 @@ class _Rank:
                 f"At {site} coefficients predicted from the base's state do worse on tune tokens "
                 "than their mean: there is nothing to deploy beyond a constant."
             )
-
-
-def _first(reached: np.ndarray, ks: Sequence[int]) -> int | None:
-    """The first k at which a share is reached."""
-    return int(ks[int(reached.argmax())]) if reached.any() else None
-
-
-def _finite(k: float) -> int | None:
-    return int(k) if np.isfinite(k) else None
