@@ -398,7 +398,7 @@ _MAIN: tuple[tuple[str, Callable[[Compared], Json]], ...] = (
     ("shared share m", _share),
     ("k₉₀, oracle", lambda run: at(first_site(run.results.get("rank")), "k90", "oracle")),
     ("efficiency", lambda run: at(place(run.results.get("profile")), "efficiency")),
-    ("KL of answers recovered by v*",
+    ("KL of answers, by v*",
      lambda run: at(place(run.results.get("profile")), "v", "kl_recovered_answers")),
     ("margin under v*",
      lambda run: at(place(run.results.get("profile")), "v", "reward_margin")),
