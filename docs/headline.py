@@ -56,8 +56,8 @@ def number(value: Any) -> str:
 
 
 def interval(found: Any) -> str:
-    """``value [low, high]``."""
-    told = number(at(found, "value"))
+    """``value [low, high]``; the number alone where it has no ends."""
+    told = number(at(found, "value") if isinstance(found, Mapping) else found)
     ends = number(at(found, "low")), number(at(found, "high"))
     return told if NONE in (told, *ends) else f"{told} [{ends[0]}, {ends[1]}]"
 
@@ -102,7 +102,7 @@ def numbers(run: Run, label: str) -> tuple[str, ...]:
         interval(at(measured, "held_out", "mean")),
         number(at(measured, "null", "q95")),
         interval(at(run.result("spectrum"), "sites", site or "", "shared_share")),
-        number(
+        interval(
             at(run.result("spectrum"), "sites", site or "", "delta", "uncentred", "effective_rank")
         ),
         k90(run),

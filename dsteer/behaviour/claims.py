@@ -523,10 +523,10 @@ def _part_words(pair: Evidence, site: Json, ranked: Json) -> tuple[str, ...]:
 
 def _spectral_words(pair: Evidence, site: Json) -> tuple[str, ...]:
     delta = at(pair.results.get("spectrum"), "sites", str(site), "delta", "uncentred")
-    ratio = point(at(delta, "sigma_ratio"))
-    if ratio is None:
+    ratio = at(delta, "sigma_ratio")
+    if point(ratio) is None:
         return ()
-    return (f"σ₂/σ₁ at {site} is {number(ratio)}: it is small for any shared shift.",)
+    return (f"σ₂/σ₁ at {site} is {interval(ratio)}: it is small for any shared shift.",)
 
 
 def _map_words(pair: Evidence, site: Json) -> tuple[str, ...]:

@@ -296,9 +296,9 @@ def _variants(result: dict[str, Json]) -> Table:
         ("null_q95", "its null", "95 % quantile of the same with a random sign a conversation",
          _number),
         ("shared_share", "shared share m", "N‖v*‖²/‖ΔH‖² on the fit prompts", interval),
-        ("sigma_ratio", "σ₂/σ₁", "of ΔH, uncentred; says little alone", _number),
+        ("sigma_ratio", "σ₂/σ₁", "of ΔH, uncentred; says little alone", interval),
         ("effective_rank", "effective rank", "exp of the spectral entropy with p = 1; depends on N",
-         _number),
+         interval),
         ("relative_norm", "‖v*‖/‖h‖", "length of v* over the base states' mean length", _number),
         ("reliability", "split-half reliability", "of v* at full length: 2r/(1 + r), r the mean "
          "cosine of the v*s of random halves of the conversations", interval),

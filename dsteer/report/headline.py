@@ -245,10 +245,10 @@ def _dimension(spectrum: Json, sites: list[str]) -> list[Point]:
             said.append(f"At {site}: undefined, Δ = 0.")
             continue
         said.append(
-            f"At {site}, σ₂/σ₁ = {number(point(at(row, 'delta', 'uncentred', 'sigma_ratio')))}; "
+            f"At {site}, σ₂/σ₁ = {interval(at(row, 'delta', 'uncentred', 'sigma_ratio'))}; "
             f"one constant vector holds m = {interval(at(row, 'shared_share'))} of the squared "
             f"displacement (debiased {number(point(at(row, 'shared_share_debiased')))}). Effective "
-            f"rank {number(point(at(row, 'delta', 'uncentred', 'effective_rank')))}."
+            f"rank {interval(at(row, 'delta', 'uncentred', 'effective_rank'))}."
         )
     if not said:
         return []

@@ -730,7 +730,8 @@ def _spectrum(result: Json) -> list[Table]:
         Table(
             "spectrum-uncentred",
             f"ΔH, uncentred: the shift that all prompts share is kept ({counts}, p = {power}). "
-            "Ranks depend on N. Brackets: jackknife interval.",
+            "Ranks depend on N. Brackets: jackknife intervals; of σ₂/σ₁ and the stable rank, "
+            "bootstrap.",
             [
                 site,
                 Column(

@@ -58,7 +58,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("cosine", "dsteer.stages.cosine:run", ("activations", "vector"), ("cosine", "seed"), 3,
           "measure cosines with v*"),
     Stage("spectrum", "dsteer.stages.spectrum:run", ("activations", "vector"),
-          ("spectrum",), 1, "measure singular spectra, entropies and ranks"),
+          ("spectrum",), 2, "measure singular spectra, entropies and ranks"),
     Stage("template", "dsteer.stages.template:run", ("data", "base", "dpo"),
           ("template", "models", "seed"), 3,
           "divide the displacement into chat template and training", distributed=True),

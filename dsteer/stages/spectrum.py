@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from dsteer.geometry.alignment import cosine_to
 from dsteer.geometry.intervals import (
     Interval,
     ShareIntervals,
+    SpectralIntervals,
     share_intervals,
     spectral_intervals,
 )
@@ -98,8 +99,8 @@ def run(context: StageContext) -> Json:
         "headline": {
             "site": shown,
             "n": n,
-            "sigma_ratio": at_site["delta"]["uncentred"]["sigma_ratio"],
-            "effective_rank": at_site["delta"]["uncentred"]["effective_rank"],
+            "sigma_ratio": _value(at_site["delta"]["uncentred"]["sigma_ratio"]),
+            "effective_rank": _value(at_site["delta"]["uncentred"]["effective_rank"]),
             "shared_share": _value(at_site["shared_share"]),
             "shared_share_debiased": _value(at_site["shared_share_debiased"]),
             "u1_cosine": at_site["u1_cosine"],
@@ -119,13 +120,13 @@ class _Found:
 
     Attributes:
         spectra: uncentred and centred, of each matrix.
-        entropies: theirs, with intervals where there are any.
+        intervals: theirs, without ends where the states of each conversation are not known.
         shares: the shared share of ΔH.
         held_out: mean cosine of the test rows with v*.
     """
 
     spectra: Mapping[str, tuple[Spectrum, Spectrum]]
-    entropies: Mapping[str, tuple[Interval | None, Interval | None]]
+    intervals: Mapping[str, tuple[SpectralIntervals, SpectralIntervals]]
     shares: ShareIntervals
     held_out: float | None
 
@@ -137,37 +138,36 @@ def _from_states(
     config: SpectrumConfig,
 ) -> _Found:
     measures = {name: spectra(matrix) for name, matrix in matrices.items()}
-    entropies = {}
-    for name, matrix in matrices.items():
-        uncentred, centred = spectral_intervals(
+    intervals = {
+        name: spectral_intervals(
             matrix,
             keys,
             power=config.power,
             confidence=config.confidence,
             measured=measures[name],
         )
-        entropies[name] = (uncentred.entropy, centred.entropy)
+        for name, matrix in matrices.items()
+    }
     shares = share_intervals(matrices["delta"], keys, confidence=config.confidence)
-    return _Found(measures, entropies, shares, held_out)
+    return _Found(measures, intervals, shares, held_out)
 
 
 def _from_moments(fit: SiteMoments, held_out: float | None, config: SpectrumConfig) -> _Found:
-    def entropy(spectrum: Spectrum) -> Interval | None:
-        value = spectrum.entropy(config.power)
-        return None if value is None else Interval(value, None, None, spectrum.n)
+    def bare(spectrum: Spectrum) -> SpectralIntervals:
+        return SpectralIntervals.without_ends(spectrum, config.power)
 
     measures = {name: spectra_from_moments(matrix) for name, matrix in fit.matrices.items()}
-    entropies = {name: (entropy(pair[0]), entropy(pair[1])) for name, pair in measures.items()}
+    intervals = {name: (bare(pair[0]), bare(pair[1])) for name, pair in measures.items()}
     shares = shares_from_sums(fit.sums, confidence=config.confidence)
-    return _Found(measures, entropies, shares, held_out)
+    return _Found(measures, intervals, shares, held_out)
 
 
 def _site(found: _Found, v: Tensor, noise: float, config: SpectrumConfig) -> dict[str, Json]:
     """One site: three matrices' spectra, and what must be read beside σ₂/σ₁ of ΔH."""
     result: dict[str, Json] = {
         name: {
-            _centring(spectrum): _spectrum(spectrum, entropy, config)
-            for spectrum, entropy in zip(pair, found.entropies[name], strict=True)
+            _centring(spectrum): _spectrum(spectrum, intervals, config)
+            for spectrum, intervals in zip(pair, found.intervals[name], strict=True)
         }
         for name, pair in found.spectra.items()
     }
@@ -184,17 +184,9 @@ def _site(found: _Found, v: Tensor, noise: float, config: SpectrumConfig) -> dic
     }
 
 
-def _spectrum(spectrum: Spectrum, entropy: Interval | None, config: SpectrumConfig) -> Json:
-    return {
-        "sigma_ratio": spectrum.sigma_ratio,
-        "entropy": _json(entropy),
-        "entropy_p1": spectrum.entropy(power=1),
-        "entropy_normalised": spectrum.entropy(power=config.power, normalised=True),
-        "effective_rank": spectrum.effective_rank,
-        "participation_ratio": spectrum.participation_ratio,
-        "stable_rank": spectrum.stable_rank,
-        "top": spectrum.top_shares(config.top),
-    }
+def _spectrum(spectrum: Spectrum, intervals: SpectralIntervals, config: SpectrumConfig) -> Json:
+    found = {each.name: _json(getattr(intervals, each.name)) for each in fields(intervals)}
+    return found | {"top": spectrum.top_shares(config.top)}
 
 
 def _row_norm(spectrum: Spectrum) -> float:
@@ -244,11 +236,12 @@ def _notes(sites: Mapping[str, Json], n: int, d: int, lora_rank: int | None) -> 
     small = [
         site
         for site, result in sites.items()
-        if (ratio := result["delta"]["uncentred"]["sigma_ratio"]) is not None and ratio < NEARLY_ONE
+        if (ratio := _value(result["delta"]["uncentred"]["sigma_ratio"])) is not None
+        and ratio < NEARLY_ONE
     ]
     if small:
         beside = "; ".join(
-            f"{site}: σ₂/σ₁ {_say(sites[site]['delta']['uncentred']['sigma_ratio'])}, "
+            f"{site}: σ₂/σ₁ {_say(_value(sites[site]['delta']['uncentred']['sigma_ratio']))}, "
             f"m {_say(_value(sites[site]['shared_share']))}, "
             f"held-out cosine {_say(sites[site]['held_out_cosine'])}"
             for site in small

@@ -20,6 +20,7 @@ from dsteer.geometry.intervals import (
     bootstrap_ratio,
     convergence,
     convergence_sizes,
+    draw_counts,
     held_out_cosine,
     mean_cosine,
     percentiles,
@@ -251,8 +252,6 @@ def test_infinitesimal_jackknife_equals_finite_differences() -> None:
             "entropy": lambda s: measures.entropy(s, 2),
             "entropy_p1": lambda s: measures.entropy(s, 1),
             "participation_ratio": lambda s: math.log(measures.participation_ratio(s)),
-            "stable_rank": lambda s: math.log(measures.stable_rank(s)),
-            "sigma_ratio": lambda s: math.log(s[1] / s[0]),
         }
         for name, function in functions.items():
             slopes = []
@@ -272,10 +271,51 @@ def test_infinitesimal_jackknife_equals_finite_differences() -> None:
                 limit = (0.0, math.log(7))
             else:
                 expected = (value * math.exp(-quantile * error), value * math.exp(quantile * error))
-                limit = (0.0, 1.0) if name == "sigma_ratio" else (1.0, 7.0)
+                limit = (1.0, 7.0)
             # central differences of step 1e-5 are good to about 1e-9
             assert low == pytest.approx(max(expected[0], limit[0]), rel=1e-6)
             assert high == pytest.approx(min(expected[1], limit[1]), rel=1e-6)
+
+
+@pytest.mark.parametrize(("n", "d"), [(12, 40), (48, 7)])
+def test_the_first_two_directions_spread_as_resampled_rows_do(n: int, d: int) -> None:
+    """Against the singular values of each resampled matrix, rows repeated as they were drawn."""
+    rows = RNG.standard_normal((n, d)) * np.arange(1, d + 1) + 1.0
+    keys = [i // 2 for i in range(n)]
+    found = spectral_intervals(rows, keys, draws=50, seed=3)
+    drawn = draw_counts(n // 2, 50, np.random.default_rng(3)).astype(int)
+    resampled = [np.concatenate([rows[2 * c : 2 * c + 2] for c in np.repeat(range(n // 2), count)])
+                 for count in drawn]  # fmt: skip
+    quantile = float(t.ppf(0.975, n // 2 - 1))
+    functions: dict[str, tuple[Callable[[np.ndarray], float], float, float]] = {
+        "sigma_ratio": (lambda s: math.log(s[1] / s[0]), 0.0, 1.0),
+        "stable_rank": (lambda s: math.log(measures.stable_rank(s)), 1.0, min(n, d)),
+    }
+    for intervals, matrices in zip(
+        found, (resampled, [measures.centred(one) for one in resampled]), strict=True
+    ):
+        for name, (function, least, most) in functions.items():
+            error = float(np.std([function(measures.singular_values(m)) for m in matrices], ddof=1))
+            interval = getattr(intervals, name)
+            grown = math.exp(quantile * error)
+            # both are float64: the Gram matrix halves the digits, at most 1e-7
+            assert interval.low == pytest.approx(max(least, interval.value / grown), rel=1e-6)
+            assert interval.high == pytest.approx(min(most, interval.value * grown), rel=1e-6)
+
+
+def test_the_first_two_are_found_among_the_leading_directions() -> None:
+    """More directions than are looked at: 60 rows, flat noise under a shift, the worst of cases."""
+    rows = RNG.standard_normal((60, 200)) + 0.3
+    drawn = draw_counts(60, 100, np.random.default_rng(0))
+    ratios = []
+    for count in drawn.astype(int):
+        s = measures.singular_values(np.repeat(rows, count, axis=0))
+        ratios.append(math.log(s[1] / s[0]))
+    found = spectral_intervals(rows, draws=100)[0].sigma_ratio
+    low, high = ends(found)
+    grown = math.exp(float(t.ppf(0.975, 59)) * float(np.std(ratios, ddof=1)))
+    # half of the directions are left out; what turns towards them is a few hundredths of the width
+    assert high / low == pytest.approx(grown**2, rel=0.02)
 
 
 @pytest.mark.parametrize(("n", "d"), [(15, 40), (40, 15)])
@@ -300,6 +340,10 @@ def test_undefined_spectra_have_no_intervals() -> None:
     constant = np.tile([1.0, 2.0, 3.0], (6, 1))
     uncentred, centred = spectral_intervals(constant)
     assert ends(uncentred.stable_rank) == pytest.approx((1, 1))
+    assert ends(uncentred.sigma_ratio) == pytest.approx((0, 0), abs=1e-12)
+    alone = spectral_intervals(RNG.standard_normal((5, 3)), ["a"] * 5)[0].sigma_ratio
+    assert alone is not None
+    assert (alone.low, alone.high) == (None, None), "one conversation has no spread"
     assert vars(centred) == dict.fromkeys(vars(centred))
     shares = share_intervals(np.zeros((4, 2)))
     assert (shares.plain, shares.debiased) == (None, None)
@@ -360,6 +404,8 @@ def test_intervals_cover_what_they_are_for() -> None:
             values[f"{name} entropy"] = found.entropy() or 0.0
             values[f"{name} effective_rank"] = found.effective_rank or 0.0
             values[f"{name} participation_ratio"] = found.participation_ratio or 0.0
+            values[f"{name} stable_rank"] = found.stable_rank or 0.0
+            values[f"{name} sigma_ratio"] = found.sigma_ratio or 0.0
         return values
 
     drawn = [measure(sample(rng, n), sample(rng, m)) for _ in range(800)]
@@ -384,6 +430,8 @@ def test_intervals_cover_what_they_are_for() -> None:
             found[f"{name} entropy"] = intervals.entropy
             found[f"{name} effective_rank"] = intervals.effective_rank
             found[f"{name} participation_ratio"] = intervals.participation_ratio
+            found[f"{name} stable_rank"] = intervals.stable_rank
+            found[f"{name} sigma_ratio"] = intervals.sigma_ratio
         for name, interval in found.items():
             low, high = ends(interval)
             hits[name] += low <= truth[name] <= high

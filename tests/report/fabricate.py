@@ -412,10 +412,10 @@ def _cosine(states: _States, folder: Path, **_: Any) -> dict[str, Any]:
 def _spectral(matrix: np.ndarray, centred: bool) -> dict[str, Any]:
     if not matrix.any():
         nothing = dict.fromkeys(
-            ("sigma_ratio", "entropy_p1", "entropy_normalised", "effective_rank",
+            ("sigma_ratio", "entropy", "entropy_p1", "entropy_normalised", "effective_rank",
              "participation_ratio", "stable_rank")
         )  # fmt: skip
-        return {**nothing, "entropy": {"value": None, "low": None, "high": None}, "top": []}
+        return {**nothing, "top": []}
     if centred:
         matrix = matrix - matrix.mean(0)
     s = np.linalg.svd(matrix, compute_uv=False)
@@ -426,13 +426,13 @@ def _spectral(matrix: np.ndarray, centred: bool) -> dict[str, Any]:
         return float(-(q * np.log(q)).sum())
 
     return {
-        "sigma_ratio": float(s[1] / s[0]) if len(s) > 1 else 0.0,
+        "sigma_ratio": _around(float(s[1] / s[0]) if len(s) > 1 else 0.0),
         "entropy": _around(entropy(2)),
-        "entropy_p1": entropy(1),
-        "entropy_normalised": entropy(2) / float(np.log(max(2, min(matrix.shape)))),
-        "effective_rank": float(np.exp(entropy(1))),
-        "participation_ratio": float((s**2).sum() ** 2 / (s**4).sum()),
-        "stable_rank": float((s**2).sum() / s[0] ** 2),
+        "entropy_p1": _around(entropy(1)),
+        "entropy_normalised": _around(entropy(2) / float(np.log(max(2, min(matrix.shape))))),
+        "effective_rank": _around(float(np.exp(entropy(1)))),
+        "participation_ratio": _around(float((s**2).sum() ** 2 / (s**4).sum())),
+        "stable_rank": _around(float((s**2).sum() / s[0] ** 2)),
         "top": (s[:5] / np.sqrt((s**2).sum())).tolist(),
     }
 

@@ -94,9 +94,9 @@ def comparison(
             return {"failed": "the GPU is out of memory"}
         place = {
             "undefined": False, "norm": 2.0, "relative_norm": 0.2 + 0.01 * i,
-            "held_out": around(0.9 - 0.08 * i), "null_q95": 0.1, "sigma_ratio": 0.3,
-            "effective_rank": 20.0 + i, "participation_ratio": 1.2 + i,
-            "effective_rank_centred": 30.0 + i, "shared_share": around(0.8 - 0.05 * i),
+            "held_out": around(0.9 - 0.08 * i), "null_q95": 0.1, "sigma_ratio": around(0.3),
+            "effective_rank": around(20.0 + i), "participation_ratio": around(1.2 + i),
+            "effective_rank_centred": around(30.0 + i), "shared_share": around(0.8 - 0.05 * i),
             "shared_share_debiased": 0.7, "reliability": None if nothing else around(0.97),
         }  # fmt: skip
         kl = {

@@ -58,7 +58,7 @@ def test_the_program_names_the_planted_block(tmp_path: Path, block: int) -> None
     np.testing.assert_allclose(v[site], planted.b.numpy(), atol=1e-5)
     values = read_tensors(run / "cosine" / "cosines.safetensors")
     assert abs(values[f"{site}/leave_one_out"] - 1).max() < 1e-6
-    assert spectrum["sites"][site]["delta"]["uncentred"]["sigma_ratio"] < 1e-5
+    assert spectrum["sites"][site]["delta"]["uncentred"]["sigma_ratio"]["value"] < 1e-5
 
     for before in sites[:block]:
         assert (v[before] == 0).all()

@@ -55,7 +55,7 @@ def test_the_program_names_the_planted_block(tmp_path: Path, family: str, block:
         assert (v[before] == 0).all()
         assert all(r["sites"][before]["undefined"] for r in (vector, cosine, spectrum))
     assert cosine["chosen_site"] == site
-    assert spectrum["sites"][site]["delta"]["uncentred"]["sigma_ratio"] < 1e-5
+    assert spectrum["sites"][site]["delta"]["uncentred"]["sigma_ratio"]["value"] < 1e-5
     # behind a post-norm block, an encoder and the final norm no norm takes a radial shift away
     known = [s for s in vector["sites"].values() if s["inert"] is not None]
     assert len(known) == (0 if family == "bart" else 3 - block)

@@ -34,11 +34,11 @@ def test_planted_constant_is_rank_one(tmp_path: Path) -> None:
     assert (result["n"], result["d"], result["rows"]) == (N_FIT, WIDTH, "fit")
     site = result["sites"]["resid_post.1"]
     delta = site["delta"]["uncentred"]
-    assert delta["sigma_ratio"] < 1e-5
+    assert delta["sigma_ratio"]["value"] < 1e-5
     assert delta["entropy"]["value"] == pytest.approx(0, abs=1e-9)
-    assert delta["effective_rank"] == pytest.approx(1, abs=1e-4)
-    assert delta["participation_ratio"] == pytest.approx(1, abs=1e-9)
-    assert delta["stable_rank"] == pytest.approx(1, abs=1e-9)
+    assert delta["effective_rank"]["value"] == pytest.approx(1, abs=1e-4)
+    assert delta["participation_ratio"]["value"] == pytest.approx(1, abs=1e-9)
+    assert delta["stable_rank"]["value"] == pytest.approx(1, abs=1e-9)
     assert delta["top"][0] == pytest.approx(1, abs=1e-9)
     assert len(delta["top"]) == 5
     assert site["shared_share"]["value"] == pytest.approx(1, abs=1e-9)
@@ -74,16 +74,21 @@ def test_k_directions(tmp_path: Path, k: int) -> None:
     site = run(tmp_path, {"resid_post.0": delta})["sites"]["resid_post.0"]
     whole, rest = site["delta"]["uncentred"], site["delta"]["centred"]
     assert whole["entropy"]["value"] == pytest.approx(math.log(k), abs=1e-6)
-    assert whole["entropy_p1"] == pytest.approx(math.log(k), abs=1e-4)  # p = 1 weighs rounding more
-    assert whole["entropy_normalised"] == pytest.approx(math.log(k) / math.log(WIDTH), abs=1e-6)
-    assert whole["participation_ratio"] == pytest.approx(k, abs=1e-5)
-    assert whole["sigma_ratio"] == pytest.approx(1, abs=1e-6)
-    assert rest["participation_ratio"] == pytest.approx(k - 1, abs=1e-5)
-    assert rest["effective_rank"] == pytest.approx(k - 1, abs=1e-4)
+    expected = {
+        "entropy_p1": pytest.approx(math.log(k), abs=1e-4),  # p = 1 weighs rounding more
+        "entropy_normalised": pytest.approx(math.log(k) / math.log(WIDTH), abs=1e-6),
+        "participation_ratio": pytest.approx(k, abs=1e-5),
+        "sigma_ratio": pytest.approx(1, abs=1e-6),
+    }
+    assert {name: whole[name]["value"] for name in expected} == expected
+    for name, value in (("participation_ratio", k), ("sigma_ratio", 1)):
+        assert whole[name]["low"] <= value <= whole[name]["high"] + 1e-5
+    assert rest["participation_ratio"]["value"] == pytest.approx(k - 1, abs=1e-5)
+    assert rest["effective_rank"]["value"] == pytest.approx(k - 1, abs=1e-4)
     assert site["shared_share"]["value"] == pytest.approx(1 / k, abs=1e-6)
     # Σᵢ≠ⱼ⟨Δᵢ,Δⱼ⟩ / (N(N−1)) = (N/k − 1)/(N − 1)
-    expected = (N_FIT / k - 1) / (N_FIT - 1)
-    assert site["shared_share_debiased"]["value"] == pytest.approx(expected, abs=1e-6)
+    debiased = (N_FIT / k - 1) / (N_FIT - 1)
+    assert site["shared_share_debiased"]["value"] == pytest.approx(debiased, abs=1e-6)
 
 
 def test_it_equals_numpy_on_the_fit_rows(tmp_path: Path) -> None:
@@ -101,7 +106,9 @@ def test_it_equals_numpy_on_the_fit_rows(tmp_path: Path) -> None:
             got = result["sites"]["final_norm"][name][centring]
             q = sigma**2 / (sigma**2).sum()
             assert got["entropy"]["value"] == pytest.approx(-(q * np.log(q)).sum(), abs=1e-9)
-            assert got["entropy"]["low"] < got["entropy"]["value"] < got["entropy"]["high"]
+            assert got["sigma_ratio"]["value"] == pytest.approx(sigma[1] / sigma[0], abs=1e-9)
+            for measured in (each for key, each in got.items() if key != "top"):
+                assert measured["low"] < measured["value"] < measured["high"]
             assert got["top"] == pytest.approx(sigma[:5] / np.linalg.norm(sigma), abs=1e-9)
     site = result["sites"]["final_norm"]
     u1 = np.linalg.svd(matrices["delta"])[2][0]
@@ -111,7 +118,7 @@ def test_it_equals_numpy_on_the_fit_rows(tmp_path: Path) -> None:
     assert site["shared_share"]["value"] == pytest.approx(share, abs=1e-9)
     assert site["shared_share"]["low"] < share < site["shared_share"]["high"]
     assert not site["rest_within_rounding"]
-    assert result["headline"]["sigma_ratio"] == site["delta"]["uncentred"]["sigma_ratio"]
+    assert result["headline"]["sigma_ratio"] == site["delta"]["uncentred"]["sigma_ratio"]["value"]
 
 
 def test_noise_shares_nothing(tmp_path: Path) -> None:
@@ -120,7 +127,7 @@ def test_noise_shares_nothing(tmp_path: Path) -> None:
     assert site["shared_share"]["value"] == pytest.approx(1 / N_FIT, abs=0.015)
     assert site["shared_share_debiased"]["value"] == pytest.approx(0, abs=0.015)
     assert site["shared_share_debiased"]["low"] < 0 < site["shared_share_debiased"]["high"]
-    assert site["delta"]["uncentred"]["entropy_normalised"] > 0.9
+    assert site["delta"]["uncentred"]["entropy_normalised"]["value"] > 0.9
 
 
 def test_power_and_top_are_the_pipelines(tmp_path: Path) -> None:
@@ -128,7 +135,7 @@ def test_power_and_top_are_the_pipelines(tmp_path: Path) -> None:
     result = run(tmp_path, {"resid_post.0": CONSTANT + normal(4, N, WIDTH)}, **changes)
     whole = result["sites"]["resid_post.0"]["delta"]["uncentred"]
     assert result["power"] == 1
-    assert whole["entropy"]["value"] == pytest.approx(whole["entropy_p1"])
+    assert whole["entropy"]["value"] == pytest.approx(whole["entropy_p1"]["value"])
     assert len(whole["top"]) == 2
 
 
