@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsteer.config import BaseConfig
 from dsteer.data.types import PreferencePair
@@ -70,7 +70,7 @@ def pack(
 
 
 def train_language_model(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     blocks: Int[Tensor, "blocks length"],
     config: BaseConfig,
     *,
@@ -134,7 +134,7 @@ def train_language_model(
 
 @torch.no_grad()
 def mean_loss(
-    model: LlamaForCausalLM, blocks: Int[Tensor, "blocks length"], batch_size: int
+    model: PreTrainedModel, blocks: Int[Tensor, "blocks length"], batch_size: int
 ) -> float:
     """Mean next-token loss in nats a token."""
     device = model.device
@@ -144,9 +144,9 @@ def mean_loss(
     return total / len(blocks)
 
 
-def _next_token_loss(model: LlamaForCausalLM, batch: Int[Tensor, "batch length"]) -> Tensor:
-    states = model.model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
-    logits = model.lm_head(states)
+def _next_token_loss(model: PreTrainedModel, batch: Int[Tensor, "batch length"]) -> Tensor:
+    states = model.base_model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
+    logits = model.get_output_embeddings()(states)
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
@@ -176,7 +176,7 @@ def _generator(seed: int) -> torch.Generator:
 
 def _save(
     path: Path,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     step: int,
     curve: Sequence[Json],
@@ -189,7 +189,7 @@ def _save(
 
 
 def _restore(
-    path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer
+    path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[dict[str, float | int]]]:
     """Load a checkpoint, if there is one: its step and curve."""
     if not path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -93,9 +94,15 @@ def test_the_schedule() -> None:
     assert language_model._rate(1, config(warmup_steps=0)) < 3e-3  # no division by zero
 
 
+ARCHITECTURES = get_args(TinyModelConfig.model_fields["architecture"].annotation)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_the_loss_is_the_models_own(blocks, tokenizer) -> None:
-    model = build_model(SHAPE, tokenizer, seed=0)
+def test_the_loss_is_the_models_own(blocks, tokenizer, architecture) -> None:
+    shape = SHAPE.model_copy(update={"architecture": architecture, "num_attention_heads": 2})
+    model = build_model(shape, tokenizer, seed=0)
+    assert model.config.model_type == architecture
     own = float(model(input_ids=blocks[:4], labels=blocks[:4]).loss)
     # float32, and another order of summation
     assert float(language_model._next_token_loss(model, blocks[:4])) == pytest.approx(own, rel=1e-6)
@@ -121,10 +128,17 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_run_cut_off_anywhere_ends_with_the_same_bytes(
-    tied, blocks, tokenizer, tmp_path, monkeypatch
+    architecture, tied, blocks, tokenizer, tmp_path, monkeypatch
 ) -> None:
-    shape = SHAPE.model_copy(update={"tie_word_embeddings": tied})
+    shape = SHAPE.model_copy(
+        update={
+            "architecture": architecture,
+            "num_attention_heads": 2,
+            "tie_word_embeddings": tied,
+        }
+    )
     whole, told = train(blocks, tokenizer, tmp_path / "whole", model=shape)
     rate = language_model._rate
     for last in (1, 7, 12):  # before, between and after the checkpoints of steps 5 and 10
