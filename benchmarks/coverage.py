@@ -595,7 +595,9 @@ narrow; above, wider than need be), at most 0.06 for tests.
 Where the number is one at this N (a cosine whose v is fitted on N rows, an entropy of N rows),
 the true value is its mean over the simulations; elsewhere it is the population's. A share of few
 conversations takes few values, so its coverage jumps with p and n. Bootstrap intervals are
-percentiles, which keep to a number's range and are short of 95 % where few rows are skewed.
+percentiles, which keep to a number's range and are short of 95 % where few rows are skewed. Wide
+by nature: k₅₀ and k₉₀, whose ends are counts of the grid, and the centred σ₂/σ₁ of nearly flat
+noise, which lies at its bound of 1 and can only be missed on one side.
 
 ## Intervals
 

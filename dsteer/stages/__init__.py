@@ -109,7 +109,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("claims", "dsteer.stages.claims:run",
           ("base", "dpo", "activations", "vector", "cosine", "spectrum", "profile", "rank", "maps",
            "strength", "interpolation", "inversion"),
-          ("claims", "models", "seed"), 2, "grade the claims, and check the measurement itself",
+          ("claims", "models", "seed"), 3, "grade the claims, and check the measurement itself",
           reads_nulls=True),
     Stage("report", "dsteer.stages.report:run",
           ("data", "base", "dpo", "activations", "vector", "cosine", "spectrum", "template",

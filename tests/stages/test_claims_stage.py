@@ -18,6 +18,7 @@ from dsteer.config import PipelineConfig, resolved
 from dsteer.progress import SILENT
 from dsteer.report.claims_tables import CLAIMS
 from dsteer.stages import StageContext, call
+from dsteer.stages.claims import FEW
 from dsteer.steering.vector import SteeringVectorSet
 from dsteer.store import Json, read_json, read_tensors, write_json
 
@@ -173,6 +174,15 @@ def test_without_nulls_nothing_is_preference_specific(tmp_path: Path) -> None:
     assert "names no null coin_flip" in result["claims"][3]["why"]
     assert result["pairs"].keys() == {"pair"}
     assert any("3 training seeds or more, and this run has 1" in note for note in result["notes"])
+
+
+def test_few_conversations_are_told(tmp_path: Path) -> None:
+    found = results()
+    count = len(found["profile"]["conversations"])
+    for each, told in ((FEW, False), (FEW - 1, True)):
+        found["profile"]["conversations"] = [str(min(i, each - 1)) for i in range(count)]
+        notes = graded(write_run(tmp_path / str(each), found), ())["notes"]
+        assert any(f"measured on {each} conversations" in note for note in notes) == told
 
 
 def test_a_null_that_failed_is_named(tmp_path: Path) -> None:
