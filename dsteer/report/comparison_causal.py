@@ -132,9 +132,10 @@ Reading = tuple[str, str, Callable[[Json], Json]]
 """Words of a series, what it is, and how it is read off a variant's entry."""
 
 PANELS: dict[str, tuple[str, tuple[Reading, ...]]] = {
-    "profile": ("KL of answers recovered", (
-        ("v*", "at the place chosen on tune", lambda v: at(v, "causal", "profile", "v")),
-        ("patched", "the tuned states themselves, there",
+    "profile": ("answers' KL", (
+        ("v*", "share of the KL over whole answers that v* recovers, at the place chosen on tune",
+         lambda v: at(v, "causal", "profile", "v")),
+        ("patched", "the same by the tuned states themselves, there",
          lambda v: at(v, "causal", "profile", "patched")))),
     "efficiency": ("share of the change", (
         ("efficiency", "v* over patched", lambda v: at(v, "causal", "profile", "efficiency")),

@@ -184,7 +184,7 @@ def _begin(first: float | None) -> tuple[float, str]:
     """Where the loss begins, in number and words; ln 2 for DPO."""
     if first is None or math.isclose(first, math.log(2), abs_tol=1e-4):
         return math.log(2), "ln 2: no preference learned"
-    return first, f"{first:.3g}: no preference learned"
+    return first, f"{first:.3g}: before training"
 
 
 def dpo_learning_curve(result: dict[str, Json], _folder: Path) -> Drawing | None:

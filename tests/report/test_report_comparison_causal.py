@@ -91,7 +91,7 @@ def test_a_variant_without_the_stages_has_none() -> None:
 def test_rows_and_matrix_tell_each_variant_and_leave_what_it_lacks_blank() -> None:
     tables = {table.key: table for table in comparison_tables(comparison(NAMES))}
     rows = {row[0]: row[1:-1] for row in tables["comparison-variants"].rows}
-    assert rows["KL of answers recovered: v*"] == [
+    assert rows["answers' KL: v*"] == [
         interval(around(0.6)),
         interval(around(0.0)),
         DASH,
