@@ -692,16 +692,14 @@ def _cosine(result: Json) -> list[Table]:
 _RANKS = (
     Column("σ₂/σ₁", "second singular value over the first"),
     Column("entropy", "H = −Σ q ln q with q = σ^p / Σσ^p and the pipeline's p (nats)"),
-    Column("entropy, p = 1", "the same with q = σ / Σσ (nats)"),
     Column("normalised", "entropy / ln min(N, d): 0 for rank one, 1 for a flat spectrum"),
-    Column("effective rank", "exp(entropy with p = 1), Roy & Vetterli"),
+    Column("effective rank", "exp(entropy with q = σ / Σσ), Roy & Vetterli"),
     Column("participation", "(Σσ²)² / Σσ⁴"),
     Column("stable rank", "‖·‖_F² / σ₁²"),
 )
 _RANK_KEYS = (
     "sigma_ratio",
     "entropy",
-    "entropy_p1",
     "entropy_normalised",
     "effective_rank",
     "participation_ratio",
@@ -722,7 +720,7 @@ def _spectrum(result: Json) -> list[Table]:
     of_model = (
         ("entropy", "as above, of the model's own states (nats); likewise for H_tuned"),
         ("normalised", "entropy / ln min(N, d)"),
-        ("effective rank", "exp(entropy with p = 1)"),
+        ("effective rank", "exp(entropy with q = σ / Σσ)"),
         ("σ₂/σ₁", "second singular value over the first"),
     )
     model_keys = ("entropy", "entropy_normalised", "effective_rank", "sigma_ratio")
