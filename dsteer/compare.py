@@ -170,8 +170,8 @@ def comparison(
     if template == "four-way":
         pipeline["template"] = {}
     if prompts.answered:
-        pipeline["geometry"] = {}
-    pipeline |= {"interpolation": {}, "inversion": {}, "report": {}}
+        pipeline |= {"geometry": {}, "profile": {}, "rank": {}}
+    pipeline |= {"interpolation": {}, "inversion": {}, "claims": {}, "report": {}}
     if changes:
         pipeline["variants"] = changes
     return _written("compare", pipeline, overrides)

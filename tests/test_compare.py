@@ -25,7 +25,8 @@ from dsteer.store import read_json
 QUICK = (
     "data.splits={fit: 24, tune: 8, test: 12}", "activations.noise_floor_prompts=4",
     "vector.bootstrap=60", "vector.convergence_draws=4", "cosine.bootstrap=60",
-    "cosine.null_draws=20", "geometry=null", "interpolation=null", "inversion=null",
+    "cosine.null_draws=20", "geometry=null", "profile=null", "rank=null", "interpolation=null",
+    "inversion=null", "claims=null",
     "comparison={draws: 20, null_draws: 20}",
 )  # fmt: skip
 
@@ -78,7 +79,7 @@ def test_one_tuned_model_is_a_pipeline_and_several_are_a_study() -> None:
     assert one.activations is not None
     assert one.activations.template == "none"
     assert one.template is not None
-    assert one.geometry is not None
+    assert None not in (one.geometry, one.profile, one.rank, one.claims)
     several = read_pipeline(comparison("o/base", ["o/a", "o/b"], prompts, template="chat"))
     assert [v.models.tuned for v in variants_of(several).values()] == ["o/a", "o/b"]
     assert several.activations is not None
@@ -87,14 +88,16 @@ def test_one_tuned_model_is_a_pipeline_and_several_are_a_study() -> None:
     assert given.models.chat_template == "o/instruct"
 
 
-def test_prompts_without_answers_have_no_geometry(tmp_path: Path) -> None:
+def test_prompts_without_answers_are_measured_by_their_states_alone(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("".join(f"What is {n} plus one?\n" for n in range(30)), encoding="utf-8")
     prompts = find_prompts(str(path))
     assert (prompts.source["format"], prompts.conversations, prompts.answered) == (
         "prompts", 30, False,
     )  # fmt: skip
-    assert read_pipeline(comparison("o/base", ["o/a"], prompts)).geometry is None
+    found = read_pipeline(comparison("o/base", ["o/a"], prompts))
+    assert (found.geometry, found.profile, found.rank) == (None, None, None)
+    assert found.claims is not None, "what can't be tested is said, and the self-check runs"
 
 
 def test_formats_are_told_by_the_first_row(tmp_path: Path) -> None:
@@ -214,6 +217,28 @@ def test_a_single_comparison_gives_a_variant_s_numbers(
     assert sorted(path.parent.name for path in out.glob("*/stage.json")) == [
         "activations", "cosine", "data", "report", "spectrum", "vector",
     ]  # fmt: skip
+
+
+def test_a_comparison_ends_with_its_claims(models: Path, tmp_path: Path) -> None:
+    """A planted constant: a shared shift, along one direction, and that constant suffices."""
+    out = tmp_path / "run"
+    code, stdout, stderr = ask(
+        str(models / "base"), str(models / "u"), "--data", "synthetic", "--limit", "200",
+        "--out", str(out), *QUICK[1:5], "geometry=null", "interpolation=null", "inversion=null",
+        "data.splits={fit: 100, tune: 20, test: 48}",
+        "profile={pairs: 24, random_pairs: 4, bootstrap: 200}",
+        "rank={pairs: 24, random_pairs: 4, bootstrap: 200}",
+    )  # fmt: skip
+    assert code == 0, stderr
+    told = {claim["name"]: claim for claim in read_json(out / "claims" / "result.json")["claims"]}
+    assert {name: claim["verdict"] for name, claim in told.items()} == {
+        "shared_shift": "supported", "low_dimensional": "supported",
+        "constant_suffices": "supported", "preference_specific": "not tested",
+        "reversible": "not tested",
+    }  # fmt: skip
+    assert told["constant_suffices"]["number"]["value"] == pytest.approx(1, abs=1e-4)
+    assert "one constant vector suffices: supported" in stdout + stderr
+    assert "claims" in (out / "report.html").read_text("utf-8")
 
 
 def test_yaml_is_printed_and_nothing_run(models: Path, tmp_path: Path) -> None:

@@ -30,6 +30,12 @@ TRAINED = MINIMAL + "base: {}\ndpo: {}\nactivations: {}\n"
 
 
 @pytest.mark.parametrize("name", shipped_pipelines())
+def test_shipped_pipelines_that_measure_a_pair_grade_its_claims(name: str) -> None:
+    config = read_pipeline((SHIPPED / f"{name}.yaml").read_text("utf-8"))
+    assert (config.claims is None) == (config.cosine is None)
+
+
+@pytest.mark.parametrize("name", shipped_pipelines())
 def test_shipped_pipelines_are_valid(name: str) -> None:
     path = find_pipeline(name)
     text = path.read_text(encoding="utf-8")
