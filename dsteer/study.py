@@ -29,7 +29,7 @@ from dsteer.store import (
 COMPARISON = "comparison"
 """The folder of the comparison, which ``--force`` knows as if it were a stage."""
 
-VERSION = 3
+VERSION = 4
 """Raised when the same variants would give another comparison."""
 
 

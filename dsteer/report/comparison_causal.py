@@ -57,8 +57,10 @@ def causal_values(read: Callable[[str], dict[str, Json]]) -> dict[str, Json]:
 def _dpo(result: dict[str, Json]) -> Json:
     if not result:
         return None
-    told = mapping(result.get("headline"))
-    return {key: told.get(key) for key in ("reward_accuracy", "reward_margin", "kl_to_base")}
+    return {
+        **{key: at(result, "test", key) for key in ("reward_accuracy", "reward_margin")},
+        "kl_to_base": result.get("kl_to_base"),
+    }
 
 
 def _profile(result: dict[str, Json]) -> Json:

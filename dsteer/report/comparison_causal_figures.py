@@ -59,8 +59,8 @@ def variants_causal(result: dict[str, Json]) -> Drawing | None:
             "  ".join(f"{mark} {words}" for mark, words in zip("●□", found[key], strict=False)),
             fontsize="small",
         )
-        if key in _COUNTS:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        counts = key in _COUNTS
+        axes.xaxis.set_major_locator(MaxNLocator(integer=counts, nbins=5 if counts else 3))
     for axes in grid[:, 0]:
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)

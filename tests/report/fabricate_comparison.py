@@ -21,7 +21,8 @@ def around(value: float, half: float = 0.04) -> dict[str, Any]:
 
 def causal(i: int) -> dict[str, Any]:
     """A variant's causal numbers; the third one on has none but its training's."""
-    dpo = {"reward_accuracy": 0.9, "reward_margin": 1.5, "kl_to_base": 0.02 + 0.01 * i}
+    dpo = {"reward_accuracy": around(0.9), "reward_margin": around(1.5),
+           "kl_to_base": around(0.02 + 0.01 * i, 0.003)}  # fmt: skip
     if i > 1:
         return {
             "dpo": dpo,

@@ -26,7 +26,10 @@ def measured(efficiency: Json) -> dict[str, dict[str, Json]]:
     }
     reached = {"value": 3, "low": 2, "high": 5}
     return {
-        "dpo": {"headline": {"reward_accuracy": 0.9, "reward_margin": 1.0, "kl_to_base": 0.02}},
+        "dpo": {
+            "test": {"reward_accuracy": around(0.9), "reward_margin": around(1.0)},
+            "kl_to_base": around(0.02, 0.003),
+        },
         "profile": {
             "chosen": {"site": "resid_post.1", "tokens": "all", "on": "tune"},
             "sites": {"resid_post.1": {"all": place, "prompt_last": {}}},
@@ -77,7 +80,11 @@ def test_numbers_are_read_where_the_profile_chose() -> None:
     assert found["maps"]["r2"]["ridge"] == around(0.5)
     assert found["maps"]["kl"] == {"translation": around(0.1), "ridge": None}
     assert found["claims"] == {"shared_shift": "supported"}
-    assert found["dpo"]["kl_to_base"] == 0.02
+    assert found["dpo"] == {
+        "reward_accuracy": around(0.9),
+        "reward_margin": around(1.0),
+        "kl_to_base": around(0.02, 0.003),
+    }
     assert found["groups"] == {
         "site": "resid_post.1", "groups": 2, "expected": 2.0, "participation": around(1.5),
         "own": around(0.8), "others": around(0.1),
