@@ -20,6 +20,7 @@ from dsteer.geometry.intervals import (
     bootstrap_sums,
     cluster_sums,
     percentiles,
+    proportion,
 )
 from dsteer.store import Json
 
@@ -47,6 +48,10 @@ class Curves:
             confidence=self.confidence,
             seed=self.seed,
         )
+
+    def share(self, values: Float[Tensor, " n"]) -> Interval | None:
+        """Share of the defined values that hold (1; 0; a tie: ½); None without any."""
+        return proportion(values, self.clusters, confidence=self.confidence)
 
     def ratio(self, above: Float[Tensor, " n"], below: Float[Tensor, " n"]) -> Interval | None:
         """Σ above / Σ below; None where Σ below is 0."""
@@ -230,10 +235,12 @@ class Ledger:
         curves = Curves(entry.clusters, *self._settings)
 
         def interval(values: Tensor, below: Tensor | None) -> Json:
-            if below is None:
-                found = curves.mean(values)
-            else:
+            if below is not None:
                 found = curves.ratio(values.nan_to_num(0.0), below)
+            elif entry.metric.counted:
+                found = curves.share(values)
+            else:
+                found = curves.mean(values)
             if found is None:
                 return None
             ends = {"value": found.value, "low": found.low, "high": found.high}

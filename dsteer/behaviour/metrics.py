@@ -30,6 +30,7 @@ class Metric:
         better: which way is better for a reader, if any.
         definition: one sentence.
         worst: what a degenerate output scores where it counts as the worst; None: no such value.
+        counted: whether each value is 1 or 0 (½ at a tie), so that the metric is a share of rows.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Metric:
     better: Literal["up", "down"] | None
     definition: str
     worst: float | None = None
+    counted: bool = False
 
 
 TEACHER_FORCED: Mapping[str, Metric] = {
@@ -64,10 +66,12 @@ TEACHER_FORCED: Mapping[str, Metric] = {
     "preference_match": Metric(
         "preference match", "share", None,
         "Share of pairs with r(chosen) > r(rejected); a tie counts one half.",
+        counted=True,
     ),
     "truthfulqa_mc1": Metric(
         "TruthfulQA MC1", "share", "up",
         "Share of questions whose best answer is more likely than every false one.",
+        counted=True,
     ),
     "truthfulqa_mc2": Metric(
         "TruthfulQA MC2", "share", "up",
@@ -108,16 +112,19 @@ GENERATED: Mapping[str, Metric] = {
     "degenerate": Metric(
         "degenerate outputs", "share", "down",
         "Share of texts that are empty, loop or leak a role header.",
+        counted=True,
     ),
     "refusal": Metric(
-        "refusal", "share", None, "Share of texts in which the rules find a refusal (English)."
+        "refusal", "share", None, "Share of texts in which the rules find a refusal (English).",
+        counted=True,
     ),
     "refusal_position": Metric(
         "position of the refusal", "share", None,
         "Where in the text the first refusal stands, of the texts with one.",
     ),
     "refusal_loops": Metric(
-        "looping refusals", "share", "down", "Share of the refusals that stand there three times."
+        "looping refusals", "share", "down", "Share of the refusals that stand there three times.",
+        counted=True,
     ),
     "refusal_judge": Metric(
         "refusal, by judge", "share", None, "The judge's probability that the answer declines."

@@ -95,7 +95,40 @@ def wilson(successes: float | int, n: int, effective_n: int, confidence: float =
     p, m = successes / n, effective_n
     centre = (p + z * z / (2 * m)) / (1 + z * z / m)
     half = z / (1 + z * z / m) * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Interval(p, min(p, low), max(p, high), n)  # at 0 and 1 rounding would leave p outside
+
+
+def proportion(
+    values: Float[Tensor, " n"] | Float[np.ndarray, " n"],
+    clusters: Clusters = None,
+    *,
+    confidence: float = 0.95,
+) -> Interval | None:
+    """Share of rows that hold, Wilson's interval with conversations as the trials.
+
+    Args:
+        values: 1 where it holds, 0 where not, ½ at a tie; NaN where it is undefined, left out.
+        clusters: conversation key of each row.
+        confidence: coverage asked for.
+
+    Returns:
+        None where no value is defined; nothing but ties is no trial and has no width.
+
+    Raises:
+        MeasurementError: another value, or not one cluster key a value.
+    """
+    numbers = as_numbers(values, "values")
+    known = numbers[~np.isnan(numbers)]
+    if not np.isin(known, (0.0, 0.5, 1.0)).all():
+        raise MeasurementError("a share counts rows as 1, 0 or, at a tie, ½: other values are here")
+    codes, _ = _codes(clusters, len(numbers))
+    if not len(known):
+        return None
+    if (known == 0.5).all():
+        return Interval(0.5, 0.5, 0.5, len(known))
+    trials = len(set(codes[~np.isnan(numbers)].tolist()))
+    return wilson(float(known.sum()), len(known), trials, confidence)
 
 
 # ---------------------------------------------------------------------------------- means

@@ -26,6 +26,7 @@ from dsteer.geometry.intervals import (
     bootstrap_mean,
     bootstrap_ratio,
     held_out_cosine,
+    proportion,
 )
 from dsteer.geometry.preference import (
     PrincipalAxes,
@@ -293,7 +294,9 @@ class _Measure:
             "margin_change_own_heads": None
             if read.same_heads
             else self.mean(margins(tuned, own) - before, keys),
-            "share_rising": self.mean((change > 0).double(), keys),
+            "share_rising": _json(
+                proportion((change > 0).double(), keys, confidence=self.config.confidence)
+            ),
             "cosine": self.mean(cosine, keys),
             "cosine_other_pairs": self._others(unit_rows(delta), unit_rows(e), keys),
             "cosine_v": None if v is None else self.mean(cosine_to(e, v), keys),

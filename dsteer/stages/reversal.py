@@ -20,13 +20,13 @@ from torch import Tensor
 from dsteer.activations.extract import PairedActivations
 from dsteer.behaviour.answers import Answers
 from dsteer.behaviour.edited import json_of
-from dsteer.behaviour.teacher_forced import Scores, predictions, score
+from dsteer.behaviour.teacher_forced import Scores, predictions, preference_match, score
 from dsteer.config import DpoConfig, ReversalConfig
 from dsteer.data.jsonl import read_pairs
 from dsteer.data.types import PreferencePair
 from dsteer.errors import ConfigError
 from dsteer.geometry.inference import ratio_effect
-from dsteer.geometry.intervals import bootstrap_mean, bootstrap_ratio
+from dsteer.geometry.intervals import bootstrap_mean, bootstrap_ratio, proportion
 from dsteer.geometry.logits import NOTHING
 from dsteer.models.anatomy import Anatomy
 from dsteer.models.load import Model, is_adapter, load_model
@@ -249,7 +249,7 @@ class _Bench:
         found: dict[str, Json] = {
             "reward_margin": json_of(bootstrap_mean(own, clusters, **options)),
             "accuracy": json_of(
-                bootstrap_mean((own > 0).double() + 0.5 * (own == 0).double(), clusters, **options)
+                proportion(preference_match(own), clusters, confidence=self._config.confidence)
             ),
             "way_back": json_of(back.interval),
         }

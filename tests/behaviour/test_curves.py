@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsteer.behaviour.curves import Curves, Ledger, band, exponential
+from dsteer.behaviour.metrics import GENERATED, TEACHER_FORCED
 from dsteer.geometry.intervals import bootstrap_mean, bootstrap_ratio
 
 NAN = float("nan")
@@ -206,10 +208,10 @@ def test_a_ledger_says_why_nothing_crosses() -> None:
     held.target = held.values["v"][1] + 0.01
     none = book.entry("bleu_target", "generated", ROWS)
     none.values["v"] = straight([9, 0, 1, 2, 3, 4])
-    far = book.entry("refusal", "generated", ROWS)
+    far = book.entry("repetition", "generated", ROWS)
     far.values["v"], far.target = straight([9, 0, 1, 2, 3, 4]), torch.full((40,), 7.0).double()
     got = book.described()
-    assert list(got) == ["kl_recovered", "bleu_target", "length", "refusal"]
+    assert list(got) == ["kl_recovered", "bleu_target", "repetition", "length"]
     assert all(item["crossing"]["strength"] is None for item in got.values())
     assert got["kl_recovered"]["target"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 0}
     why = {name: item["crossing"]["why"] for name, item in got.items()}
@@ -217,7 +219,28 @@ def test_a_ledger_says_why_nothing_crosses() -> None:
     assert "interval holds" in why["length"]
     assert why["bleu_target"]
     assert got["bleu_target"]["target"] is None
-    assert "up to λ = 4" in why["refusal"]
+    assert "up to λ = 4" in why["repetition"]
+
+
+def test_a_share_that_nothing_or_everything_has_keeps_its_width() -> None:
+    """None of 40 refusals in 20 conversations is no proof of a share of 0."""
+    book = ledger()
+    entry = book.entry("refusal", "generated", ROWS)
+    entry.values["v"] = torch.zeros(6, 40, dtype=torch.float64)
+    entry.values["v"][5] = 1.0
+    entry.target = torch.full((40,), 0.5).double()  # ties
+    told = book.described()["refusal"]
+    z = NormalDist().inv_cdf(0.95)  # 90 % intervals
+    end = z * z / (20 + z * z)  # Wilson's upper end of 0 of 20
+    assert told["curves"]["v"][0] == {
+        "value": 0.0, "low": 0.0, "high": pytest.approx(end), "n": 40,
+    }  # fmt: skip
+    assert told["curves"]["v"][5]["low"] == pytest.approx(1 - end)
+    assert told["target"] == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 40}
+    counted = {name for name, metric in {**TEACHER_FORCED, **GENERATED}.items() if metric.counted}
+    assert counted == {
+        "preference_match", "truthfulqa_mc1", "degenerate", "refusal", "refusal_loops",
+    }  # fmt: skip
 
 
 def test_a_ledger_transforms_values_and_bands() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from reference import measures
-from scipy.stats import norm, t
+from scipy.stats import binomtest, norm, t
 
 from dsteer.errors import MeasurementError
 from dsteer.geometry.alignment import cosine_to, cosine_to_mean
@@ -24,9 +24,11 @@ from dsteer.geometry.intervals import (
     held_out_cosine,
     mean_cosine,
     percentiles,
+    proportion,
     share_intervals,
     sign_flip_null,
     spectral_intervals,
+    wilson,
 )
 from dsteer.geometry.spectrum import spectra
 
@@ -236,6 +238,30 @@ def test_sign_flips_are_by_conversation() -> None:
 def test_held_out_null_needs_test_rows() -> None:
     with pytest.raises(MeasurementError, match="test"):
         sign_flip_null(np.ones((3, 2)))
+
+
+# ---------------------------------------------------------------------------------- shares
+
+
+def test_a_proportion_is_scipys_wilson_interval() -> None:
+    rng = np.random.default_rng(11)
+    for share in (0.0, 0.04, 0.5, 1.0):
+        rows = (rng.random(50) < share).astype(float)
+        found = proportion(rows, confidence=0.9)
+        assert found is not None
+        wanted = binomtest(int(rows.sum()), 50).proportion_ci(0.9, method="wilson")
+        assert (found.value, found.n) == (rows.mean(), 50)
+        assert ends(found) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+
+
+def test_a_proportion_counts_conversations_ties_and_what_is_defined() -> None:
+    rows = np.array([1.0, 0.5, np.nan, 0.0, 1.0, 1.0])
+    found = proportion(rows, ["a", "a", "b", "c", "c", "d"])
+    assert found == wilson(3.5, 5, 3), "b has no defined row"
+    assert proportion(np.array([0.5, 0.5])) == Interval(0.5, 0.5, 0.5, 2), "ties alone are exact"
+    assert proportion(np.array([math.nan])) is None
+    with pytest.raises(MeasurementError, match="counts rows as 1, 0 or"):
+        proportion(np.array([0.3]))
 
 
 # ---------------------------------------------------------------------------------- spectra
