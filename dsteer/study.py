@@ -29,7 +29,7 @@ from dsteer.store import (
 COMPARISON = "comparison"
 """The folder of the comparison, which ``--force`` knows as if it were a stage."""
 
-VERSION = 4
+VERSION = 5
 """Raised when the same variants would give another comparison."""
 
 

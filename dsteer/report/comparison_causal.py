@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dsteer.report.headline import Point
+from dsteer.report.reversal_tables import METRICS, WAYS
 from dsteer.report.values import (
     DASH,
     Estimate,
@@ -31,12 +32,15 @@ CLAIMS = (
 
 VERDICTS = ("supported", "not supported", "not tested")
 
+UNDONE = ("way_back", "accuracy", "kl_to_base", "recovered")
+"""What is told of each way to undo the tuning."""
+
 MAPS = ("translation", "ridge")
 """The maps that are compared: the one vector, and the richest."""
 
 
 def causal_values(read: Callable[[str], dict[str, Json]]) -> dict[str, Json]:
-    """A variant's numbers of dpo, profile, rank, maps, groups and claims.
+    """A variant's numbers of dpo, profile, rank, maps, groups, the sweep, reversal and claims.
 
     Args:
         read: a stage's result, empty where the variant has none.
@@ -47,6 +51,8 @@ def causal_values(read: Callable[[str], dict[str, Json]]) -> dict[str, Json]:
         "rank": _rank(read("rank"), read("profile")),
         "maps": _maps(read("maps"), read("profile")),
         "groups": _groups(read("groups")),
+        "collapse": _collapse(read("interpolation")),
+        "reversal": _reversal(read("reversal")),
         "claims": {
             str(claim["name"]): claim["verdict"] for claim in items(read("claims").get("claims"))
         }
@@ -61,6 +67,25 @@ def _dpo(result: dict[str, Json]) -> Json:
         **{key: at(result, "test", key) for key in ("reward_accuracy", "reward_margin")},
         "kl_to_base": result.get("kl_to_base"),
     }
+
+
+def _collapse(sweep: dict[str, Json]) -> Json:
+    """Lengths of λ from which texts collapse, up and down; None of a grid that was given."""
+    grid = mapping(sweep.get("grid"))
+    if not items(grid.get("probes")):
+        return None
+    ends = {"up": real(grid.get("collapse")), "down": real(grid.get("collapse_negative"))}
+    return {way: None if end is None else abs(end) for way, end in ends.items()}
+
+
+def _reversal(result: dict[str, Json]) -> Json:
+    """What each way of undoing reached."""
+    ways = mapping(result.get("ways"))
+    return {
+        way: {metric: at(ways[way], metric) for metric in UNDONE}
+        for way in WAYS
+        if way in ways and way != "tuned"
+    } or None
 
 
 def _profile(result: dict[str, Json]) -> Json:
@@ -179,6 +204,11 @@ PANELS: dict[str, tuple[str, tuple[Reading, ...]]] = {
          lambda v: at(v, "causal", "groups", "own")),
         ("the others'", "share of the other groups' margins that it takes too",
          lambda v: at(v, "causal", "groups", "others")))),
+    "collapse": ("|λ| of collapse", (
+        ("upward", "λv* from which half of the sound texts are degenerate, on tune; –: none found",
+         lambda v: at(v, "causal", "collapse", "up")),
+        ("downward", "the same below λ = 0",
+         lambda v: at(v, "causal", "collapse", "down")))),
     "accuracy": ("DPO: accuracy", (
         ("implicit reward", "share of test pairs whose chosen answer has the higher one",
          lambda v: at(v, "causal", "dpo", "reward_accuracy")),)),
@@ -205,6 +235,10 @@ def causal_rows(variants: dict[str, Json]) -> list[list[str]]:
         for words, meaning, read in readings:
             cells = [interval(read(v)) for v in variants.values()]
             rows.append([f"{title}: {words}", *cells, meaning])
+    for way, words in WAYS.items():
+        for metric in UNDONE:
+            cells = [interval(at(v, "causal", "reversal", way, metric)) for v in variants.values()]
+            rows.append([f"undone by {words}: {METRICS[metric][0]}", *cells, METRICS[metric][1]])
     return [row for row in rows if any(cell != DASH for cell in row[1:-1])]
 
 

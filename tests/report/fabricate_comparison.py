@@ -55,6 +55,11 @@ def causal(i: int) -> dict[str, Any]:
             "site": "resid_post.2", "groups": 2, "expected": 2.0, "participation": around(1.2),
             "own": around(0.6), "others": around(0.5),
         },
+        "collapse": {"up": 8.0 + i, "down": None},
+        "reversal": None if i else {
+            "inversion": {"way_back": around(0.3), "accuracy": around(0.9),
+                          "kl_to_base": around(0.1), "recovered": around(0.04)},
+        },
         "claims": {
             "shared_shift": "supported",
             "low_dimensional": "not supported" if i else "supported",

@@ -64,6 +64,19 @@ def measured(efficiency: Json) -> dict[str, dict[str, Json]]:
                 }
             },
         },
+        "interpolation": {
+            "grid": {
+                "probes": [{"strength": 0.0, "degenerate": 0.1}],
+                "collapse": 8.0,
+                "collapse_negative": -4.0,
+            }
+        },
+        "reversal": {
+            "ways": {
+                "tuned": {"way_back": around(0.0)},
+                "inversion": {"way_back": around(0.7), "kl_to_base": around(0.2)},
+            }
+        },
         "claims": {"claims": [{"name": "shared_shift", "verdict": "supported"}]},
     }
 
@@ -80,6 +93,13 @@ def test_numbers_are_read_where_the_profile_chose() -> None:
     assert found["maps"]["r2"]["ridge"] == around(0.5)
     assert found["maps"]["kl"] == {"translation": around(0.1), "ridge": None}
     assert found["claims"] == {"shared_shift": "supported"}
+    assert found["collapse"] == {"up": 8.0, "down": 4.0}
+    assert found["reversal"] == {
+        "inversion": {"way_back": around(0.7), "accuracy": None, "kl_to_base": around(0.2),
+                      "recovered": None},
+    }  # fmt: skip
+    given = {"interpolation": {"grid": {"probes": [], "collapse": None}}}
+    assert causal_values(lambda stage: given.get(stage, {}))["collapse"] is None
     assert found["dpo"] == {
         "reward_accuracy": around(0.9),
         "reward_margin": around(1.0),
@@ -107,6 +127,10 @@ def test_rows_and_matrix_tell_each_variant_and_leave_what_it_lacks_blank() -> No
     assert rows["margin taken with one v: the others'"] == [interval(around(0.5)), DASH, DASH]
     assert rows["k₉₀: deployable"][0].startswith("4")
     assert rows["k₉₀: deployable"][1:] == [DASH, DASH]
+    assert rows["|λ| of collapse: upward"] == ["8.00", "9.00", DASH]
+    assert "|λ| of collapse: downward" not in rows, "none was found in any"
+    assert rows["undone by tuned − λv*: way back"] == [interval(around(0.3)), DASH, DASH]
+    assert not any("SFT" in row for row in rows)
 
 
 def test_findings_tell_what_random_directions_reach_too() -> None:
