@@ -261,6 +261,8 @@ def causal_findings(variants: dict[str, Json]) -> list[Point]:
         ("What states cause", _profile_words),
         ("Directions and maps", _dimension_words),
         ("Groups of prompts", _group_words),
+        ("Collapse", _collapse_words),
+        ("Undoing the tuning", _undone_words),
     ):
         said = [f"{name}: {words}" for name, v in variants.items() if (words := say(v))]
         points += [(title, said)] if said else []
@@ -322,6 +324,30 @@ def _group_words(variant: Json) -> str:
             f"{interval(here['others'])} of the others'"
         )
     return text + "."
+
+
+def _collapse_words(variant: Json) -> str:
+    here = at(variant, "causal", "collapse")
+    if here is None:
+        return ""
+    ends = [
+        f"λ = {sign}{number(real(here[way]))} {words}"
+        for way, sign, words in (("down", "−", "down"), ("up", "", "up"))
+        if real(here[way]) is not None
+    ]
+    if not ends:
+        return "no strength that was tried makes half of the sound texts degenerate."
+    return f"half of the sound texts are degenerate from {' and from '.join(ends)}."
+
+
+def _undone_words(variant: Json) -> str:
+    ways = mapping(at(variant, "causal", "reversal"))
+    said = [
+        f"{WAYS[way]} takes {interval(at(found, 'way_back'))} of the margin and "
+        f"{interval(at(found, 'recovered'))} of the KL back"
+        for way, found in ways.items()
+    ]
+    return "; ".join(said) + "." if said else ""
 
 
 def _claim_words(variants: dict[str, Json]) -> list[str]:

@@ -141,6 +141,12 @@ def test_findings_tell_what_random_directions_reach_too() -> None:
     (words,) = said["Groups of prompts"]
     assert "rank (participation) 1.2" in words
     assert "the planted preferences 2.00;" in words
+    assert said["Collapse"] == [
+        "none: half of the sound texts are degenerate from λ = 8.00 up.",
+        "both: half of the sound texts are degenerate from λ = 9.00 up.",
+    ]
+    (words,) = said["Undoing the tuning"]
+    assert words.startswith("none: tuned − λv* takes 0.300 [0.260, 0.340] of the margin and 0.0400")
     assert said["Claims"][1] == "low dimensional: supported in none; not supported in both."
 
 
