@@ -46,6 +46,7 @@ from dsteer.geometry.intervals import (
     bootstrap_ratio,
     held_out_cosine,
     mean_cosine,
+    proportion,
     share_intervals,
     sign_flip_null,
     spectral_intervals,
@@ -217,6 +218,26 @@ def shares(count: int) -> Iterator[Coverage]:
         )
 
 
+def answers(count: int) -> Iterator[Coverage]:
+    """Shares of yes and no of conversations that answer alike, of one size and of many."""
+    for name, most in (("1 to 3", 3), ("1 to 16, few of them long,", 16)):
+
+        def measure(rng: np.random.Generator, _: int, most: int = most) -> Found:
+            if most == 3:
+                keys = conversations(rng, count)
+            else:
+                sizes = np.minimum(rng.geometric(0.25, size=count), most)
+                keys = np.repeat(np.arange(count), sizes)
+            own = rng.random(count)[keys]
+            said = np.where(rng.random(len(keys)) < 0.5, own, rng.random(len(keys))) < 0.8
+            return {"share (proportion)": proportion(said.astype(float), keys.tolist())}
+
+        yield Coverage(
+            "answers", f"{name} rows a conversation, half of them alike, p = 0.8", count, measure,
+            {"share (proportion)": 0.8},
+        )  # fmt: skip
+
+
 def means(count: int) -> Iterator[Coverage]:
     """Means, ratios of sums, paired differences, suppressed ratios, Fieller."""
     truth = {
@@ -352,6 +373,22 @@ def spectra(count: int) -> Iterator[Coverage]:
         }
 
     yield Coverage("spectrum", "shift 1.0 in noise, d = 16", count, measure)
+
+
+def flat_spectra(count: int) -> Iterator[Coverage]:
+    """The first two directions where more are nearly equal than resamples look among."""
+
+    def measure(rng: np.random.Generator, _: int) -> Found:
+        keys = conversations(rng, count)
+        noise = rng.standard_normal((count, 96))[keys] + rng.standard_normal((len(keys), 96))
+        both = spectral_intervals(0.3 + math.sqrt(0.5) * noise, keys.tolist())
+        return {
+            f"{name}, {which} (spectral_intervals)": getattr(part, name)
+            for which, part in zip(("uncentred", "centred"), both, strict=True)
+            for name in ("stable_rank", "sigma_ratio")
+        }
+
+    yield Coverage("flat", "a shift in flat noise, d = 96", count, measure)
 
 
 def agreements(count: int) -> Iterator[Coverage]:
@@ -564,10 +601,12 @@ def sizes_of_nulls(count: int) -> Iterator[Size]:
 
 FAMILIES: dict[str, tuple[Callable[[int], Iterator[Coverage | Size]], tuple[int, ...]]] = {
     "share": (shares, SIZES),
+    "answers": (answers, SIZES),
     "mean": (means, SIZES),
     "cosine": (cosines, SIZES[1:]),
     "sums": (sums, SIZES[1:]),
     "spectrum": (spectra, SIZES[1:]),
+    "flat": (flat_spectra, SIZES[3:]),
     "agreement": (agreements, SIZES[1:]),
     "template": (templates, SIZES[1:]),
     "recovery": (recovery, SIZES[1:3]),

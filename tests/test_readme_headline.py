@@ -60,7 +60,7 @@ def test_numbers_of_a_run_and_of_its_nulls(headline: Any, tmp_path: Path) -> Non
             "sites": {
                 "resid_post.1": {
                     "shared_share": about(0.4),
-                    "delta": {"uncentred": {"effective_rank": 12.345}},
+                    "delta": {"uncentred": {"effective_rank": about(12.3)}},
                 }
             }
         },
@@ -82,7 +82,7 @@ def test_numbers_of_a_run_and_of_its_nulls(headline: Any, tmp_path: Path) -> Non
     put(run / "nulls" / "coin_flip", cosine=COSINE, vector={})
     found = headline.block(tmp_path).splitlines()
     assert (
-        "| `mine` | resid_post.1 | 0.5 [0.4, 0.6] | 0.25 | 0.4 [0.3, 0.5] | 12.3 "
+        "| `mine` | resid_post.1 | 0.5 [0.4, 0.6] | 0.25 | 0.4 [0.3, 0.5] | 12.3 [12.2, 12.4] "
         "| 3 of 64 (resid_post.0, all) | 0.7 [0.6, 0.8] | −0.25 [−0.35, −0.15] (resid_post.0, all) "
         "| 0.8 [0.7, 0.9] |"
     ) in found

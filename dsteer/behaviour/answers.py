@@ -72,7 +72,8 @@ class Answers:
         if not examples:
             raise DataError(
                 f"{where} has {len(given)} pairs with two answers, none of which fits into "
-                f"{max_tokens} tokens; give pairs with answers, or raise the limit"
+                f"{max_tokens} tokens; give pairs with answers, raise max_tokens of the stage, or "
+                "leave the stages that change states out (profile=null rank=null …)"
             )
         if response_tokens is not None:
             examples = [

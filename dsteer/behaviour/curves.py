@@ -26,7 +26,7 @@ from dsteer.store import Json
 
 
 class Curves:
-    """Intervals of one metric: bootstrap over conversations, vectors held fixed.
+    """Intervals of one metric over conversations, bootstrap or Wilson's, vectors held fixed.
 
     Args:
         clusters: conversation of each prompt.
@@ -235,12 +235,12 @@ class Ledger:
         curves = Curves(entry.clusters, *self._settings)
 
         def interval(values: Tensor, below: Tensor | None) -> Json:
-            if below is not None:
-                found = curves.ratio(values.nan_to_num(0.0), below)
-            elif entry.metric.counted:
+            if entry.metric.counted:
                 found = curves.share(values)
-            else:
+            elif below is None:
                 found = curves.mean(values)
+            else:
+                found = curves.ratio(values.nan_to_num(0.0), below)
             if found is None:
                 return None
             ends = {"value": found.value, "low": found.low, "high": found.high}

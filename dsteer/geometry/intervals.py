@@ -1,12 +1,11 @@
 """Intervals by conversation: rows of one conversation stay together.
 
-``clusters`` gives one conversation key a row; None lets each row stand alone. Three schemes:
+``clusters`` gives one conversation key a row; None lets each row stand alone. Five schemes:
 
+- **Shares of yes and no**: Wilson's interval (:func:`proportion`), which keeps a width at 0 and 1.
 - **Means over rows** (and ratios of sums): percentile bootstrap over conversations, widened for few
   of them (:func:`percentiles`). In our simulation (``benchmarks/coverage.py``) 20 conversations of
-  normal rows cover 94% so, of log-normal ones 90-92%, and 88-92% without; 128 cover 93-95%. A
-  studentised bootstrap would gain 1-2% there, and lose 20% where nineteen rows of twenty are 0 (62%
-  against 83%), with ends far out of the numbers' range.
+  normal rows cover 94% so, of log-normal ones 90-92%, and 88-92% without; 128 cover 93-95%.
 - **Cosines with v refitted in each draw**: bootstrap over conversations, recentred on the estimate.
   A resampled fit holds some conversations several times, so its v has twice the noise of a fit on N
   rows, which shifts all draws by one first-order amount. The interval is for a v fitted on this N.
@@ -21,8 +20,8 @@
   D = UΣVᵀ and weights wᵢ on the rows, ∂(σ_j²)/∂wᵢ = σ_j² U²ᵢⱼ.
 - **The first two singular values** (σ₂/σ₁, stable rank): standard errors of a bootstrap, around the
   estimate. Where the two lie near each other they swap places from draw to draw, and slopes at one
-  of them, which can't know that, are up to 1.8 times too steep. Repeated rows move the level of a
-  draw, which is taken off, and hardly its spread.
+  of them, which can't know that, are too steep. Repeated rows move the level of a draw, which is
+  taken off, and hardly its spread.
 """
 
 from __future__ import annotations
@@ -57,6 +56,9 @@ _BLOCK = 2**22
 _LEADING = 32
 """Directions among which the first two of a resampled matrix are looked for."""
 
+_KNOWN = 0.9
+"""Share of the draws that must have a second direction for σ₂/σ₁ to have an interval."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -82,7 +84,9 @@ class Interval:
 # ---------------------------------------------------------------------------------- shares
 
 
-def wilson(successes: float | int, n: int, effective_n: int, confidence: float = 0.95) -> Interval:
+def wilson(
+    successes: float | int, n: int, effective_n: float | int, confidence: float = 0.95
+) -> Interval:
     """Wilson's score interval of a share: it stays honest at 0 and 1, where a bootstrap collapses.
 
     Args:
@@ -105,7 +109,10 @@ def proportion(
     *,
     confidence: float = 0.95,
 ) -> Interval | None:
-    """Share of rows that hold, Wilson's interval with conversations as the trials.
+    """Share of rows that hold: Wilson's interval, its width that of (Σ n_c)² / Σ n_c² trials.
+
+    n_c are the rows of a conversation: as if it were one answer, which is what can be no narrower;
+    conversations of one size count once each. Source: Kish (1965), "Survey Sampling".
 
     Args:
         values: 1 where it holds, 0 where not, ½ at a tie; NaN where it is undefined, left out.
@@ -127,7 +134,8 @@ def proportion(
         return None
     if (known == 0.5).all():
         return Interval(0.5, 0.5, 0.5, len(known))
-    trials = len(set(codes[~np.isnan(numbers)].tolist()))
+    sizes = np.bincount(codes[~np.isnan(numbers)])
+    trials = len(known) ** 2 / float(np.square(sizes).sum())
     return wilson(float(known.sum()), len(known), trials, confidence)
 
 
@@ -496,9 +504,11 @@ def _spectral(
         half = quantile * error
         return replace(found, low=max(0.0, found.value - half), high=min(most, found.value + half))
 
-    def scaled(found: Interval | None, error: float, least: float, most: float) -> Interval | None:
-        if found is None:
-            return None
+    def scaled(
+        found: Interval | None, error: float | None, least: float, most: float
+    ) -> Interval | None:
+        if found is None or error is None:
+            return found
         grown = math.exp(min(quantile * error, 700.0))
         return replace(
             found, low=max(least, found.value / grown), high=min(most, found.value * grown)
@@ -533,11 +543,14 @@ def _principal(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _first_two(
     rows: np.ndarray, scores: np.ndarray, drawn: np.ndarray, centred: bool
-) -> tuple[float, float]:
+) -> tuple[float | None, float | None]:
     """Standard errors of ln σ₂/σ₁ and of ln stable rank, over weights (draws, n) on the rows.
 
-    The weighted matrix is looked at in its own first directions, given by their scores (n, k): the
-    whole of its energy counts, and its first two directions lie among them, or nearly.
+    The weighted matrix is looked at within the first directions of the unweighted one, given by
+    their scores (n, k). Where singular values decay that changes nothing; where hundreds are nearly
+    equal, a draw's first two turn towards directions that are left out, and errors are down to a
+    third of those of whole draws, which overstate the spread there (``benchmarks/coverage.py``).
+    None where too many draws have no second direction, as of two or three rows.
     """
     energies = np.empty((len(drawn), scores.shape[1]))
     for draw, weights in enumerate(drawn):
@@ -553,11 +566,14 @@ def _first_two(
     second = energies[:, 1] if energies.shape[1] > 1 else np.zeros_like(first)
     rounding = len(rows) * np.finfo(np.float64).eps * float(np.square(rows).sum())
 
-    def error(above: np.ndarray) -> float:
+    def error(above: np.ndarray) -> float | None:
         known = (first > rounding) & (above > rounding)
-        return float(np.log(above[known] / first[known]).std(ddof=1)) if known.sum() > 1 else 0.0
+        if known.mean() < _KNOWN:
+            return None
+        return float(np.log(above[known] / first[known]).std(ddof=1))
 
-    return error(second) / 2, error(whole)
+    ratio = error(second)
+    return None if ratio is None else ratio / 2, error(whole)
 
 
 @dataclass(frozen=True)

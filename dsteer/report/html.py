@@ -222,7 +222,8 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("leakage", "the largest |move| of another axis's oracle over the move of the own one"),
     ("v_g", "the mean displacement over the fit prompts of one group"),
     ("participation", "(Σσ²)² / Σσ⁴: how many directions the displacements take, as if equally"),
-    ("interval", "bootstrap over conversations; for spectra, shares and G, jackknife over them"),
+    ("interval", "by conversation: bootstrap; for spectra, m and G jackknife; for shares of yes "
+     "and no Wilson's"),
 )  # fmt: skip
 
 

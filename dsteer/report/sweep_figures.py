@@ -412,7 +412,8 @@ def _caption(name: str, result: dict[str, Json], names: Sequence[str], flags: se
             if len(names) == len(every)
             else f"the {len(names)} most telling of {len(every)}."
         ),
-        "Bands around curves are intervals of a bootstrap over conversations. λ = 1 adds an arm's "
+        "Bands around curves are intervals over conversations (bootstrap; of shares of yes and no, "
+        "Wilson's). λ = 1 adds an arm's "
         f"own vector, of norm: {norms}.",
         f"Dashed: the {target} model's own level; dotted: the {start} model's.",
     ]

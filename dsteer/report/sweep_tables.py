@@ -133,7 +133,8 @@ def _metrics(stage: str, sweep: dict[str, Json]) -> Table:
     return Table(
         f"{stage}-metrics",
         f"The {start} model steered by v* at {sweep.get('site')}, on test prompts: every metric "
-        "at a few strengths. Brackets: interval of a bootstrap over conversations.",
+        "at a few strengths. Brackets: interval over conversations (bootstrap; of shares of yes "
+        "and no, Wilson's).",
         [
             Column("metric", "its definition stands in a table below", text=True),
             Column("n", "prompts or texts measured"),

@@ -257,7 +257,9 @@ def test_a_proportion_is_scipys_wilson_interval() -> None:
 def test_a_proportion_counts_conversations_ties_and_what_is_defined() -> None:
     rows = np.array([1.0, 0.5, np.nan, 0.0, 1.0, 1.0])
     found = proportion(rows, ["a", "a", "b", "c", "c", "d"])
-    assert found == wilson(3.5, 5, 3), "b has no defined row"
+    assert found == wilson(3.5, 5, 25 / 9), "b has no defined row; sizes are 2, 2 and 1"
+    even = proportion(np.array([1.0, 1.0, 0.0, 0.0]), ["a", "a", "b", "b"])
+    assert even == wilson(2, 4, 2), "conversations of one size count once each"
     assert proportion(np.array([0.5, 0.5])) == Interval(0.5, 0.5, 0.5, 2), "ties alone are exact"
     assert proportion(np.array([math.nan])) is None
     with pytest.raises(MeasurementError, match="counts rows as 1, 0 or"):
@@ -330,7 +332,7 @@ def test_the_first_two_directions_spread_as_resampled_rows_do(n: int, d: int) ->
 
 
 def test_the_first_two_are_found_among_the_leading_directions() -> None:
-    """More directions than are looked at: 60 rows, flat noise under a shift, the worst of cases."""
+    """More directions than are looked at: 60 rows of flat noise under a shift."""
     rows = RNG.standard_normal((60, 200)) + 0.3
     drawn = draw_counts(60, 100, np.random.default_rng(0))
     ratios = []
@@ -366,7 +368,14 @@ def test_undefined_spectra_have_no_intervals() -> None:
     constant = np.tile([1.0, 2.0, 3.0], (6, 1))
     uncentred, centred = spectral_intervals(constant)
     assert ends(uncentred.stable_rank) == pytest.approx((1, 1))
-    assert ends(uncentred.sigma_ratio) == pytest.approx((0, 0), abs=1e-12)
+    ratio = uncentred.sigma_ratio
+    assert ratio is not None
+    assert ratio.value == pytest.approx(0, abs=1e-7), "the Gram matrix halves the digits"
+    assert (ratio.low, ratio.high) == (None, None), "no draw has a second direction"
+    for rows in (2, 3):  # too many draws hold one row alone, or two, which centred are a line
+        few = spectral_intervals(RNG.standard_normal((rows, 5)))[rows - 2].sigma_ratio
+        assert few is not None
+        assert (few.low, few.high) == (None, None)
     alone = spectral_intervals(RNG.standard_normal((5, 3)), ["a"] * 5)[0].sigma_ratio
     assert alone is not None
     assert (alone.low, alone.high) == (None, None), "one conversation has no spread"

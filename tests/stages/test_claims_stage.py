@@ -58,14 +58,16 @@ CHANGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def graded(run: Path, nulls: Iterable[str], checked: Json = PASSED, **config: Any) -> Json:
+def graded(
+    run: Path, nulls: Iterable[str], checked: Json = PASSED, activations: Json = None
+) -> Json:
     """The stage's result over a run folder."""
     pipeline = PipelineConfig.model_validate(
-        {**PIPELINE, "nulls": {name: {"dpo.seed": 9} for name in nulls}, **config}
+        {**PIPELINE, "nulls": {name: {"dpo.seed": 9} for name in nulls}}
     )
     for stage in ("data", "activations"):
         (run / stage).mkdir(exist_ok=True)
-        write_json(run / stage / "result.json", {})
+        write_json(run / stage / "result.json", (stage == "activations" and activations) or {})
     with (
         patch("dsteer.stages.claims.self_check", return_value=checked) as check,
         patch("dsteer.stages.claims.draw_result"),
@@ -182,7 +184,14 @@ def test_few_conversations_are_told(tmp_path: Path) -> None:
     for each, told in ((FEW, False), (FEW - 1, True)):
         found["profile"]["conversations"] = [str(min(i, each - 1)) for i in range(count)]
         notes = graded(write_run(tmp_path / str(each), found), ())["notes"]
-        assert any(f"measured on {each} conversations" in note for note in notes) == told
+        assert any(f"Measured on {each} test conversations" in note for note in notes) == told
+    # without them the test prompts whose states were read count
+    found["profile"]["conversations"] = []
+    run = write_run(tmp_path / "states", found)
+    assert not any("Measured on" in note for note in graded(run, ())["notes"])
+    read = {"conversations": {"test": ["a", "b", "a"]}}
+    notes = graded(run, (), activations=read)["notes"]
+    assert any("Measured on 2 test conversations" in note for note in notes)
 
 
 def test_a_null_that_failed_is_named(tmp_path: Path) -> None:
