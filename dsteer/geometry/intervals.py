@@ -109,10 +109,13 @@ def proportion(
     *,
     confidence: float = 0.95,
 ) -> Interval | None:
-    """Share of rows that hold: Wilson's interval, its width that of (Σ n_c)² / Σ n_c² trials.
+    """Share of rows that hold: Wilson's interval of as many trials as the rows are worth.
 
-    n_c are the rows of a conversation: as if it were one answer, which is what can be no narrower;
-    conversations of one size count once each. Source: Kish (1965), "Survey Sampling".
+    That is p(1 − p) over the variance of the share between conversations, with Student's quantile
+    in place of the normal one, at most n and at least (Σ n_c)² / Σ n_c², where the n_c rows of a
+    conversation are one answer; the latter where the share is 0 or 1. One row a conversation: n.
+    A conversation that outweighs the others leaves little to tell, whatever the width. Source:
+    Korn & Graubard (1998), with Wilson's interval in place of Clopper and Pearson's.
 
     Args:
         values: 1 where it holds, 0 where not, ½ at a tie; NaN where it is undefined, left out.
@@ -130,13 +133,28 @@ def proportion(
     if not np.isin(known, (0.0, 0.5, 1.0)).all():
         raise MeasurementError("a share counts rows as 1, 0 or, at a tie, ½: other values are here")
     codes, _ = _codes(clusters, len(numbers))
-    if not len(known):
+    n = len(known)
+    if not n:
         return None
     if (known == 0.5).all():
-        return Interval(0.5, 0.5, 0.5, len(known))
-    sizes = np.bincount(codes[~np.isnan(numbers)])
-    trials = len(known) ** 2 / float(np.square(sizes).sum())
-    return wilson(float(known.sum()), len(known), trials, confidence)
+        return Interval(0.5, 0.5, 0.5, n)
+    held = np.bincount(codes, np.nan_to_num(numbers))
+    trials = _trials(held, np.bincount(codes, ~np.isnan(numbers)), confidence)
+    return wilson(float(known.sum()), n, trials, confidence)
+
+
+def _trials(held: np.ndarray, sizes: np.ndarray, confidence: float) -> float:
+    """How many independent rows conversations are worth, from what holds in each and its rows."""
+    n, p = float(sizes.sum()), float(held.sum() / sizes.sum())
+    least, count = n**2 / float(np.square(sizes).sum()), int((sizes > 0).sum())
+    if count < 2:
+        return least
+    between = count / (count - 1) * float(np.square(held - p * sizes).sum()) / n**2
+    if between <= 0:
+        return least
+    tail = (1 + confidence) / 2
+    shrunk = NormalDist().inv_cdf(tail) / float(student.ppf(tail, count - 1))
+    return min(n, max(least, p * (1 - p) / between * shrunk**2))
 
 
 # ---------------------------------------------------------------------------------- means

@@ -257,9 +257,21 @@ def test_a_proportion_is_scipys_wilson_interval() -> None:
 def test_a_proportion_counts_conversations_ties_and_what_is_defined() -> None:
     rows = np.array([1.0, 0.5, np.nan, 0.0, 1.0, 1.0])
     found = proportion(rows, ["a", "a", "b", "c", "c", "d"])
-    assert found == wilson(3.5, 5, 25 / 9), "b has no defined row; sizes are 2, 2 and 1"
-    even = proportion(np.array([1.0, 1.0, 0.0, 0.0]), ["a", "a", "b", "b"])
-    assert even == wilson(2, 4, 2), "conversations of one size count once each"
+    # by hand: 3.5 of 5 hold; 1.5, 1, 1 of 2, 2, 1 rows (b has none that is defined); residuals
+    # 0.1, -0.4, 0.3; variance 3/2 · 0.26 / 25; 0.21 / that, times (1.95996 / 4.30265)², is 2.793,
+    # and least 25/9 = 2.778
+    trials = 0.21 / (1.5 * 0.26 / 25) * (norm.ppf(0.975) / t.ppf(0.975, 2)) ** 2
+    assert trials == pytest.approx(2.793, abs=1e-3)
+    expected = wilson(3.5, 5, trials)
+    assert found is not None
+    assert (found.value, found.n) == (0.7, 5)
+    assert ends(found) == pytest.approx(ends(expected), abs=1e-12)
+    alike = proportion(np.array([1.0, 1.0, 0.0, 0.0]), ["a", "a", "b", "b"])
+    assert alike == wilson(2, 4, 2), "two answers, each told twice"
+    apart = proportion(np.array([1.0, 0.0] * 20), [i // 2 for i in range(40)])
+    assert apart == wilson(20, 40, 20), "nothing varies between conversations: the safe side"
+    none = proportion(np.zeros(6), ["a", "a", "a", "b", "b", "c"])
+    assert none == wilson(0, 6, 36 / 14)
     assert proportion(np.array([0.5, 0.5])) == Interval(0.5, 0.5, 0.5, 2), "ties alone are exact"
     assert proportion(np.array([math.nan])) is None
     with pytest.raises(MeasurementError, match="counts rows as 1, 0 or"):
