@@ -635,8 +635,9 @@ Where the number is one at this N (a cosine whose v is fitted on N rows, an entr
 the true value is its mean over the simulations; elsewhere it is the population's. A share of few
 conversations takes few values, so its coverage jumps with p and n. Bootstrap intervals are
 percentiles, which keep to a number's range and are short of 95 % where few rows are skewed. Wide
-by nature: k₅₀ and k₉₀, whose ends are counts of the grid, and the centred σ₂/σ₁ of nearly flat
-noise, which lies at its bound of 1 and can only be missed on one side.
+by nature: k₅₀ and k₉₀, whose ends are counts of the grid; σ₂/σ₁ and stable rank of nearly flat
+noise, where the first directions are neither the data's nor each other's and σ₂/σ₁ lies at its
+bound of 1; cosines near 1, where slopes are nothing and what is left is curvature.
 
 ## Intervals
 
