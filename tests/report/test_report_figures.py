@@ -19,6 +19,7 @@ from fabricate import STAGES, edited, fabricate
 from dsteer.errors import StoreError
 from dsteer.report.figures import FIGURES, draw, draw_result, fig3_cosine, fig4a_entropy
 from dsteer.report.style import styled
+from dsteer.report.values import point
 from dsteer.store import read_json, read_tensors, write_tensors
 
 MEASURING = ("vector", "cosine", "spectrum")
@@ -207,7 +208,7 @@ def test_fig4_numbers_are_those_of_the_result(drawn_run: Path) -> None:
         for matrix in ("base", "tuned", "delta"):
             for site, row in result.items():
                 measured = row[matrix][centring]
-                assert entropy[centring][matrix][site]["value"] == measured["entropy"]["value"]
+                assert entropy[centring][matrix][site]["value"] == point(measured["entropy"])
                 assert top[centring][matrix][site] == measured["top"]
 
 
